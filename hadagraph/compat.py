@@ -1,0 +1,98 @@
+"""Every private or version-dependent torch API that hadagraph uses, in one place (torch 2.11 to
+2.13). Knows nothing of hadagraph's own passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import detect_fake_mode
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import (
+    CustomGraphPass,
+    CustomPartitionerFn,
+    get_hash_for_files,
+)
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.utils.checkpoint import CheckpointPolicy
+
+__all__ = [
+    "CheckpointPolicy",
+    "CustomGraphPass",
+    "CustomPartitionerFn",
+    "aot_autograd",
+    "cache_dir",
+    "compile_fx",
+    "detect_fake_mode",
+    "get_hash_for_files",
+    "inductor_config",
+    "inductor_option_names",
+    "list_mode_options",
+    "boxed",
+    "min_cut_partition",
+    "reset_cudagraph_trees",
+    "select_decomp_table",
+    "static_hint",
+    "without_caches",
+]
+
+# Node metadata that the partitioner and the activation-checkpointing code read.
+INHERITED_META = (
+    "partitioner_tag",
+    "recompute",
+    "ac_graph_id",
+    "seq_nr",
+    "stack_trace",
+    "nn_module_stack",
+    "fwd_nn_module_stack",
+    "custom",
+)
+
+
+def inductor_option_names() -> frozenset[str]:
+    """The names of Inductor's own options, as `torch.compile(options=...)` takes them."""
+    return frozenset(inductor_config.get_config_copy())
+
+
+def min_cut_partition(
+    gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Torch's default partitioner, min-cut rematerialization, as Inductor calls it."""
+    return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+
+
+def reset_cudagraph_trees() -> None:
+    """Drop the CUDA-graph state, as Inductor's own backend does on `torch._dynamo.reset()`."""
+    if torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees as reset
+
+        reset()
+
+
+def without_caches() -> AbstractContextManager[None]:
+    """A context in which neither AOTAutograd's nor Inductor's caches are read or written."""
+    patched: AbstractContextManager[None] = inductor_config.patch(force_disable_caches=True)
+    return patched
+
+
+def static_hint(size: int | torch.SymInt) -> int:
+    """The size itself, or the size a symbol had when it was traced. Adds no guard."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint if size.node.has_hint() else None
+    return 1 if hint is None else int(hint)
+
+
+def boxed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that takes its arguments as one list, as AOTAutograd wants it."""
+    result: Callable[..., Any] = make_boxed_func(function)
+    return result

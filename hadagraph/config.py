@@ -1,0 +1,150 @@
+"""The options of `torch.compile(backend="hadagraph", options={...})`: one frozen, validated record.
+The only place that reads hadagraph's environment variables."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hadagraph import compat
+from hadagraph.recipes import DEFAULT_RECIPE, ROLES, recipe_named
+
+EXECUTORS = ("inductor", "eager")
+EVAL_CHOICES = ("train", "bf16")
+# Language-model heads and mixture-of-experts routers: small errors there cost loss directly.
+DEFAULT_KEEP = ("lm_head", "*.lm_head", "*.embed_out", "*.router", "*.gate")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the user asked for.
+
+    recipe: a name from `hadagraph.RECIPES`.
+    overrides: glob over `module.path` or `module.path:role` -> recipe name; the last match wins.
+    keep: globs over module paths whose GEMMs stay in high precision unless an override names them.
+    min_size: a GEMM with a known dim below this stays in high precision.
+    executor: `inductor`, or `eager` to run the rewritten graph without a compiler.
+    eval: in graphs without a backward, the training forward's plan (`train`) or none (`bf16`).
+    dump: a folder for graphs, diffs, the plan and kernels; also by HADAGRAPH_DUMP.
+    debug: verify the graph after every pass; also by HADAGRAPH_DEBUG=1.
+    measure: compare every quantized GEMM with fp64 on the same operands (executor `eager` only).
+    mode: a torch.compile mode; its Inductor options are set first, `inductor` then goes on top.
+    inductor: Inductor's own options.
+    """
+
+    recipe: str = DEFAULT_RECIPE
+    overrides: tuple[tuple[str, str], ...] = ()
+    keep: tuple[str, ...] = DEFAULT_KEEP
+    min_size: int = 16
+    executor: str = "inductor"
+    eval: str = "train"
+    dump: str | None = None
+    debug: bool = False
+    measure: bool = False
+    mode: str | None = None
+    inductor: tuple[tuple[str, Any], ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        recipe_named(self.recipe)
+        for pattern, name in self.overrides:
+            _check_override(pattern, name)
+        _one_of("executor", self.executor, EXECUTORS)
+        _one_of("eval", self.eval, EVAL_CHOICES)
+        if self.min_size < 1:
+            raise ValueError(f"option min_size must be at least 1, got {self.min_size!r}")
+        if self.measure and self.executor != "eager":
+            raise ValueError("option measure=True needs executor='eager'")
+        if self.mode is not None:
+            _one_of("mode", self.mode, tuple(compat.list_mode_options()))
+
+    def inductor_patches(self) -> dict[str, Any]:
+        """The Inductor configuration that `mode` and the user's own options ask for."""
+        patches = dict(compat.list_mode_options(self.mode)) if self.mode else {}
+        patches.update(self.inductor)
+        return patches
+
+    def cache_key(self) -> str:
+        """Text that differs whenever the compiled code could: every option but the dump folder."""
+        return repr([(f.name, getattr(self, f.name)) for f in fields(self) if f.name != "dump"])
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "recipe": (str,),
+    "overrides": (Mapping,),
+    "keep": (list, tuple),
+    "min_size": (int,),
+    "executor": (str,),
+    "eval": (str,),
+    "dump": (str, os.PathLike),
+    "debug": (bool,),
+    "measure": (bool,),
+    "mode": (str, type(None)),
+}
+
+
+def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Config:
+    """The configuration from what `torch.compile` hands to a backend.
+
+    ValueError on an unknown or ill-typed option names it, its value and what is allowed. Options
+    that Inductor knows are passed on to it.
+    """
+    ours: dict[str, Any] = {}
+    inductor: dict[str, Any] = {}
+    inductor_names = compat.inductor_option_names()
+    for name, value in (options or {}).items():
+        if name in _TYPES:
+            ours[name] = _checked(name, value)
+        elif name.replace("-", "_") in inductor_names:
+            inductor[name.replace("-", "_")] = value
+        else:
+            raise ValueError(_unknown(name, inductor_names))
+    if mode is not None and ours.get("mode") not in (None, mode):
+        raise ValueError(f"option mode={ours['mode']!r} contradicts torch.compile(mode={mode!r})")
+    if mode is not None:
+        ours["mode"] = mode
+    ours.setdefault("dump", os.environ.get("HADAGRAPH_DUMP") or None)
+    ours.setdefault("debug", os.environ.get("HADAGRAPH_DEBUG", "") not in ("", "0"))
+    return Config(**ours, inductor=tuple(sorted(inductor.items(), key=lambda item: item[0])))
+
+
+def _checked(name: str, value: Any) -> Any:
+    allowed = _TYPES[name]
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        wanted = " or ".join(sorted(kind.__name__ for kind in allowed))
+        raise ValueError(f"option {name} must be {wanted}, got {type(value).__name__}: {value!r}")
+    if name == "overrides":
+        return tuple(value.items())
+    if name == "keep":
+        for pattern in value:
+            if not isinstance(pattern, str):
+                raise ValueError(f"option keep must hold globs, got {pattern!r}")
+        return tuple(value)
+    return os.fspath(value) if name == "dump" else value
+
+
+def _check_override(pattern: str, name: str) -> None:
+    if not isinstance(pattern, str) or not isinstance(name, str):
+        raise ValueError(f"option overrides must map glob to recipe name, got {pattern!r}: {name!r}")
+    _, colon, role = pattern.rpartition(":")
+    if colon and role not in ROLES:
+        raise ValueError(
+            f"option overrides: role after ':' must be one of {', '.join(ROLES)}, got {pattern!r}"
+        )
+    recipe_named(name, option=f"overrides[{pattern!r}]")
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"option {option} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _unknown(name: str, inductor_names: frozenset[str]) -> str:
+    close = difflib.get_close_matches(name, [*_TYPES, *inductor_names], n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return (
+        f"unknown option {name!r}{hint}; allowed are {', '.join(sorted(_TYPES))}, "
+        f"and the names in torch._inductor.config"
+    )

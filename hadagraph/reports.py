@@ -1,0 +1,155 @@
+"""What was done to each graph and why: the record that the backend leaves behind and `explain`
+prints. Knows nothing of how it was decided."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import fx
+
+from hadagraph import compat, ops
+from hadagraph.graph import calls, tensor
+from hadagraph.plan import PLAN_COLUMNS, Decision, Plan, plan_rows
+from hadagraph.region import Region
+
+
+@dataclass(frozen=True)
+class Shared:
+    """One quantizing op and every GEMM, `site:role`, that reads its codes."""
+
+    quantizer: str
+    source: str
+    readers: tuple[str, ...]
+
+
+@dataclass
+class GraphReport:
+    """One compiled graph.
+
+    kind: `training` or `inference`. emulated: whether the low-precision GEMMs run as references (no
+    GPU). saved_bytes: bytes that the forward keeps for the backward besides parameters and inputs,
+    symbolic sizes at their traced value; None for an inference graph.
+    """
+
+    kind: str
+    emulated: bool
+    plan: Plan
+    shared: tuple[Shared, ...] = ()
+    saved_bytes: int | None = None
+    saved: tuple[tuple[str, str, int], ...] = ()
+    regions: list[Region] = field(default_factory=list)
+
+    @property
+    def sites(self) -> tuple[SiteReport, ...]:
+        """The GEMMs of the graph, in graph order."""
+        return tuple(SiteReport.of(decision) for decision in self.plan.decisions)
+
+    def table(self) -> Table:
+        """The plan, for rich."""
+        emulated = ", emulated" if self.emulated else ""
+        table = Table(title=f"{self.kind} graph: recipe {self.plan.recipe}{emulated}")
+        for column in PLAN_COLUMNS:
+            table.add_column(column, overflow="fold")
+        for row in plan_rows(self.plan.decisions):
+            table.add_row(*row)
+        return table
+
+    def text(self, width: int = 160) -> str:
+        """The plan, what is shared and what is saved, as plain text."""
+        console = Console(width=width, color_system=None)
+        with console.capture() as captured:
+            console.print(self.table())
+            for shared in self.shared:
+                console.print(f"{shared.quantizer}({shared.source}): {', '.join(shared.readers)}")
+            if self.saved_bytes is not None:
+                console.print(f"saved for backward: {self.saved_bytes / 2**20:.2f} MiB")
+                for name, description, size in self.saved:
+                    console.print(f"  {name} {description} {size / 2**20:.3f} MiB")
+        return captured.get()
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One GEMM: its module path, role, whether it was lowered, and the reason if not."""
+
+    name: str
+    role: str
+    lowered: bool
+    reason: str | None
+
+    @staticmethod
+    def of(decision: Decision) -> SiteReport:
+        """The public face of a decision."""
+        return SiteReport(
+            decision.site.name, decision.site.role, decision.lowered, decision.reason
+        )
+
+
+@dataclass
+class Collector:
+    """Where a backend leaves its reports."""
+
+    reports: list[GraphReport] = field(default_factory=list)
+
+
+PROCESS = Collector()
+
+
+def report() -> list[GraphReport]:
+    """The reports of every graph that this process has compiled since `reset_report()`.
+
+    A graph that came out of Inductor's caches ran no pass and has none: use `explain` then.
+    """
+    return list(PROCESS.reports)
+
+
+def reset_report() -> None:
+    """Forget the reports so far."""
+    PROCESS.reports.clear()
+
+
+def shared_quantizers(graph: fx.Graph, plan: Plan) -> tuple[Shared, ...]:
+    """Who reads the codes of each quantizing op of a lowered graph."""
+    sites = {d.site.node: f"{d.site.name}:{d.site.role}" for d in plan.decisions}
+    readers: dict[fx.Node, list[str]] = defaultdict(list)
+    for node in calls(graph, (ops.scaled_mm, ops.scaled_mm_measured)):
+        a, b = node.args[:2] if node.target is ops.scaled_mm else node.args[2:4]
+        for codes in (a, b):
+            readers[codes.args[0]].append(sites.get(node.meta["hadagraph_site"], node.name))  # type: ignore[union-attr, index]
+    return tuple(
+        Shared(node.name, str(node.args[0]), tuple(readers[node]))
+        for node in calls(graph, ops.QUANTIZERS)
+    )
+
+
+def saved_for_backward(
+    forward: fx.GraphModule, num_fwd_outputs: int
+) -> tuple[tuple[str, str, int], ...]:
+    """(name, dtype[shape], bytes) of each tensor that a partitioned forward hands to the backward,
+    graph inputs left out."""
+    (outputs,) = next(iter(reversed(forward.graph.nodes))).args
+    saved: dict[str, tuple[str, str, int]] = {}
+    for node in _tensors(outputs[num_fwd_outputs:]):  # type: ignore[index]
+        value = tensor(node)
+        size = value.element_size()
+        for dim in value.shape:
+            size *= compat.static_hint(dim)
+        dtype = str(value.dtype).removeprefix("torch.")
+        saved[node.name] = (node.name, f"{dtype}{list(value.shape)}", size)
+    return tuple(saved.values())
+
+
+def _tensors(nodes: Sequence[Any]) -> list[fx.Node]:
+    return [
+        node
+        for node in nodes
+        if isinstance(node, fx.Node)
+        and node.op != "placeholder"
+        and isinstance(node.meta.get("val"), torch.Tensor)
+    ]

@@ -1,0 +1,121 @@
+"""Cancel rotations that meet their inverse, and leave one rotation a tensor however many users.
+Exact.
+
+    rotate(permute(x), d)      -> permute(rotate(x, d'))        and so for unrotate
+    rotate(view(x), last)      -> view(rotate(x, last))         only to reach an inverse
+    rotate(unrotate(x))        -> x                             where nothing was cut off
+    unrotate(rotate(x))        -> x
+    rotate(x), rotate(x)       -> one rotate(x)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from hadagraph import ops
+from hadagraph.basis import keeps_last_dim
+from hadagraph.graph import TRANSPOSES, VIEWS, aten, create, tensor
+from hadagraph.rewrite import apply_rules, merge_duplicates
+from hadagraph.rotation import Rotation
+
+ROTATIONS = (ops.rotate, ops.unrotate)
+
+
+def cancel_rotations(graph: fx.Graph) -> None:
+    """Rewrite in place to a fixed point."""
+    rules: dict[Any, Any] = {
+        ops.rotate: (cancel_after_unrotate, through_permute, through_view),
+        ops.unrotate: (cancel_after_rotate, through_permute, through_view),
+    }
+    changed = 1
+    while changed:
+        changed = apply_rules(graph, rules)
+        changed += merge_duplicates(graph, (*TRANSPOSES, *VIEWS, *ROTATIONS))
+        graph.eliminate_dead_code()
+
+
+def cancel_after_unrotate(node: fx.Node) -> fx.Node | None:
+    """rotate(unrotate(x, d, R), d, R) -> x, if the un-rotation cut no padding off."""
+    inner, dim, rotation = node.args[:3]
+    if not _is_inverse(node, ops.unrotate):
+        return None
+    source = inner.args[0]  # type: ignore[union-attr]
+    before, after = tensor(source).shape[dim], tensor(inner).shape[dim]  # type: ignore[arg-type, index]
+    block = Rotation.parse(rotation).block  # type: ignore[arg-type]
+    if not (isinstance(after, int) and before == after and after % block == 0):
+        return None
+    return source  # type: ignore[return-value]
+
+
+def cancel_after_rotate(node: fx.Node) -> fx.Node | None:
+    """unrotate(rotate(x, d, R), d, R, size) -> x, if size is x's own."""
+    if not _is_inverse(node, ops.rotate):
+        return None
+    source, dim = node.args[0].args[0], node.args[1]  # type: ignore[union-attr]
+    if str(tensor(source).shape[dim]) != str(tensor(node).shape[dim]):  # type: ignore[arg-type, index]
+        return None
+    return source  # type: ignore[return-value]
+
+
+def _is_inverse(node: fx.Node, target: Any) -> bool:
+    inner = node.args[0]
+    assert isinstance(inner, fx.Node)
+    return inner.target is target and inner.args[1:3] == node.args[1:3]
+
+
+def through_permute(node: fx.Node) -> fx.Node | None:
+    """rotate(permute(x, order), d) -> permute(rotate(x, order[d]), order)."""
+    moved, dim, *rest = node.args
+    assert isinstance(moved, fx.Node) and isinstance(dim, int)
+    if moved.target not in TRANSPOSES or moved.kwargs:
+        return None
+    source = moved.args[0]
+    rank = tensor(moved).dim()
+    rotated = create(
+        node.graph, node.target, (source, _order(moved, rank)[dim], *rest), node
+    )
+    return create(node.graph, moved.target, (rotated, *moved.args[1:]), node)
+
+
+def _order(node: fx.Node, rank: int) -> list[int]:
+    """Where each dim of a transposed tensor comes from."""
+    order = list(range(rank))
+    if node.target is aten.permute.default:
+        return [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
+    first, second = (0, rank - 1) if node.target is aten.t.default else node.args[1:]
+    order[int(first)], order[int(second)] = order[int(second)], order[int(first)]  # type: ignore[arg-type]
+    return order
+
+
+def through_view(node: fx.Node) -> fx.Node | None:
+    """rotate(view(x), last) -> view(rotate(x, last)), if an inverse waits behind the views.
+
+    Elsewhere the rotation stays beside its GEMM, where it becomes part of a quantizer.
+    """
+    moved, dim, *rest = node.args
+    assert isinstance(moved, fx.Node) and isinstance(dim, int)
+    if moved.target not in VIEWS or dim != tensor(moved).dim() - 1:
+        return None
+    if tensor(node).shape[-1] != tensor(moved).shape[-1] or not _inverse_behind_views(node):
+        return None
+    source = moved.args[0]
+    assert isinstance(source, fx.Node)
+    last = tensor(source).dim() - 1
+    rotated = create(node.graph, node.target, (source, last, *rest), node)
+    return create(node.graph, moved.target, (rotated, moved.args[1]), node)
+
+
+def _inverse_behind_views(node: fx.Node) -> bool:
+    """Whether behind views that keep the last dim whole stands this rotation's inverse."""
+    inverse = ops.unrotate if node.target is ops.rotate else ops.rotate
+    source = node.args[0]
+    while isinstance(source, fx.Node) and source.target in VIEWS:
+        inner = source.args[0]
+        if not keeps_last_dim(inner, source):  # type: ignore[arg-type]
+            return False
+        source = inner
+    if not isinstance(source, fx.Node) or source.target is not inverse:
+        return False
+    return source.args[1] == tensor(source).dim() - 1 and source.args[2] == node.args[2]

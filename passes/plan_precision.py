@@ -1,0 +1,245 @@
+"""Decide for every GEMM what happens to its operands, from the recipe, the overrides and what the
+GEMM is. An analysis: changes nothing but the log."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from hadagraph.config import Config
+from hadagraph.formats import format_named
+from hadagraph.graph import (
+    Operand,
+    aten,
+    backward_nodes,
+    gemms,
+    layout_source,
+    module_path,
+    operand,
+    tensor,
+)
+from hadagraph.plan import Decision, GemmSite, OperandPlan, Plan
+from hadagraph.recipes import OPERANDS, OperandRule, Recipe, recipe_named
+from hadagraph.rotation import Rotation, block_for
+
+log = logging.getLogger(__name__)
+INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Tokens are a symbol when shapes are dynamic; then the largest block, with padding.
+DYNAMIC_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A GEMM node with its operands and, for a gradient, the forward GEMM it belongs to."""
+
+    node: fx.Node
+    lhs: Operand
+    rhs: Operand
+    role: str | None
+    forward: fx.Node | None
+
+
+def plan_precision(
+    graph: fx.Graph, config: Config, capability: tuple[int, int] | None = None
+) -> Plan:
+    """The plan for a normalized graph.
+
+    `capability` is the CUDA device's compute capability, None for the CPU, where every format is
+    emulated. Each GEMM left in high precision is logged with its reason.
+    """
+    found = group_linears(graph)
+    training = any(gemm.role not in ("output", None) for gemm in found) or bool(
+        backward_nodes(graph)
+    )
+    decisions = []
+    for gemm, site in zip(found, _sites(found), strict=True):
+        decision = _decide(gemm, site, config, training, capability)
+        if decision.reason:
+            log.info("%s %s stays in high precision: %s", site.name, site.role, decision.reason)
+        decisions.append(decision)
+    return Plan(config.recipe, tuple(decisions))
+
+
+def group_linears(graph: fx.Graph) -> list[Gemm]:
+    """Every GEMM with its role; a gradient's forward GEMM is the one with the same operand.
+
+    A gradient is recognized through any chain of transposes: `grad_input` contracts the kept dim of
+    the forward's right operand, `grad_weight` the kept dim of the forward's left one. Where several
+    Linears share an operand (q, k and v), the autograd sequence number tells them apart.
+    """
+    backward = backward_nodes(graph)
+    forward: list[Gemm] = []
+    by_operand: dict[Operand, list[Gemm]] = defaultdict(list)
+    found = []
+    for node in gemms(graph):
+        lhs, rhs = (operand(arg) for arg in node.args[:2])  # type: ignore[arg-type]
+        if node not in backward:
+            gemm = Gemm(node, lhs, rhs, "output", None)
+            forward.append(gemm)
+            by_operand[lhs].append(gemm)
+            by_operand[rhs].append(gemm)
+        else:
+            gemm = _gradient(node, lhs, rhs, by_operand)
+        found.append(gemm)
+    return found
+
+
+def _gradient(
+    node: fx.Node, lhs: Operand, rhs: Operand, by_operand: dict[Operand, list[Gemm]]
+) -> Gemm:
+    candidates = []
+    for side in (rhs, lhs):
+        other_way = Operand(side.base, 1 - side.contracted_dim)
+        for forward in by_operand.get(other_way, ()):
+            role = "grad_input" if forward.rhs == other_way else "grad_weight"
+            candidates.append((role, forward))
+    if not candidates:
+        return Gemm(node, lhs, rhs, None, None)
+    sequence = node.meta.get("seq_nr")
+    same = [c for c in candidates if c[1].node.meta.get("seq_nr") == sequence]
+    role, forward = (same or candidates)[0]
+    return Gemm(node, lhs, rhs, role, forward.node)
+
+
+def _sites(found: list[Gemm]) -> list[GemmSite]:
+    """Sites with unique names: the module path, with a number where a module has several GEMMs of
+    one role."""
+    paths = {gemm.node: module_path(gemm.forward or gemm.node) for gemm in found}
+    total = Counter((paths[gemm.node], gemm.role) for gemm in found)
+    seen: Counter[tuple[str, str | None]] = Counter()
+    numbers: dict[fx.Node, int] = {}
+    sites = []
+    for gemm in found:
+        key = (paths[gemm.node], gemm.role)
+        # A gradient takes the number of its forward GEMM, so that the three read alike.
+        number = numbers.get(gemm.forward) if gemm.forward else None
+        number = seen[key] if number is None else number
+        seen[key] += 1
+        numbers[gemm.node] = number
+        suffix = f"#{number}" if total[key] > 1 else ""
+        sites.append(_site(gemm, paths[gemm.node] + suffix))
+    return sites
+
+
+def _site(gemm: Gemm, name: str) -> GemmSite:
+    lhs, rhs = (tensor(arg) for arg in gemm.node.args[:2])  # type: ignore[arg-type]
+    left, right = OPERANDS.get(gemm.role or "", ("left", "right"))
+    if gemm.role == "grad_weight" and _is_input_on_the_left(gemm):
+        left, right = right, left
+    return GemmSite(
+        name=name,
+        role=gemm.role or "unknown",
+        node=gemm.node.name,
+        m=str(lhs.shape[0]),
+        n=str(rhs.shape[0]),
+        c=str(lhs.shape[1]),
+        dtype=str(lhs.dtype).removeprefix("torch."),
+        lhs=left,
+        rhs=right,
+    )
+
+
+def _is_input_on_the_left(gemm: Gemm) -> bool:
+    """Whether a grad_weight GEMM computes X^T E (the transposed gradient) rather than E^T X."""
+    assert gemm.forward is not None
+    return operand(gemm.forward.args[0]).base is gemm.lhs.base  # type: ignore[arg-type]
+
+
+def _decide(
+    gemm: Gemm,
+    site: GemmSite,
+    config: Config,
+    training: bool,
+    capability: tuple[int, int] | None,
+) -> Decision:
+    recipe, override = _recipe_for(site, config)
+    reason = _structural_reason(gemm, config) or _kept(gemm, site, config, override)
+    if reason is None and not training and config.eval == "bf16":
+        reason = "option eval='bf16'"
+    if reason is not None:
+        return Decision(site, reason=reason)
+    pair = recipe.rules(site.role)
+    if pair is None:
+        where = f"override {override!r}" if override else "recipe"
+        return Decision(site, reason=f"{where}: {recipe.name} leaves {site.role} as it is")
+    for rule in pair:
+        needed = format_named(rule.format).min_capability
+        if capability is not None and capability < needed:
+            return Decision(
+                site, reason=f"{rule.format} needs compute capability {needed}, have {capability}"
+            )
+    if site.lhs == "input" and site.role == "grad_weight":
+        pair = pair[1], pair[0]
+    contracted = tensor(gemm.node.args[0]).shape[1]  # type: ignore[arg-type]
+    left, right = (_operand_plan(rule, contracted) for rule in pair)
+    return Decision(site, _with_saved(left, site.lhs, site), _with_saved(right, site.rhs, site))
+
+
+def _with_saved(plan: OperandPlan, named: str, site: GemmSite) -> OperandPlan:
+    """Codes of activations are saved for grad_weight; weights are quantized again."""
+    if site.role == "grad_weight" and named == "input":
+        return replace(plan, saved="codes")
+    if site.role == "grad_input" and named == "weight":
+        return replace(plan, saved="recompute")
+    return plan
+
+
+def _operand_plan(rule: OperandRule, contracted: int | torch.SymInt) -> OperandPlan:
+    rotation = None
+    if rule.max_block is not None:
+        static = isinstance(contracted, int)
+        block = block_for(contracted, rule.max_block) if static else DYNAMIC_BLOCK
+        rotation = Rotation(block, rule.signs)
+    return OperandPlan(rule.format, rule.granularity, rotation)
+
+
+def _structural_reason(gemm: Gemm, config: Config) -> str | None:
+    """Why this GEMM cannot be lowered, whatever the recipe."""
+    lhs, rhs = (tensor(arg) for arg in gemm.node.args[:2])  # type: ignore[arg-type]
+    if gemm.role is None:
+        return "a backward GEMM that belongs to no forward GEMM"
+    if lhs.dtype not in INPUT_DTYPES or rhs.dtype != lhs.dtype:
+        return f"operands are {lhs.dtype} and {rhs.dtype}"
+    if lhs.device.type not in ("cpu", "cuda"):
+        return f"no kernels for device {lhs.device.type}"
+    for axis, size in (("M", lhs.shape[0]), ("N", rhs.shape[0]), ("C", lhs.shape[1])):
+        if isinstance(size, int) and size < config.min_size:
+            return f"{axis}={size} is below min_size={config.min_size}"
+    return None
+
+
+def _kept(gemm: Gemm, site: GemmSite, config: Config, override: str | None) -> str | None:
+    """Why a GEMM that could be lowered stays unless asked for."""
+    if override is not None:
+        return None
+    path = site.name.partition("#")[0]
+    for pattern in config.keep:
+        if fnmatch.fnmatchcase(path, pattern):
+            return f"option keep: module path matches {pattern!r}"
+    if _is_tied_head(gemm):
+        return "its weight is an embedding's too: a tied language-model head"
+    return None
+
+
+def _is_tied_head(gemm: Gemm) -> bool:
+    forward = gemm.forward or gemm.node
+    weight = layout_source(forward.args[1])  # type: ignore[arg-type]
+    return any(user.target is aten.embedding.default for user in weight.users)
+
+
+def _recipe_for(site: GemmSite, config: Config) -> tuple[Recipe, str | None]:
+    """The site's recipe, and the override that set it."""
+    recipe, chosen = recipe_named(config.recipe), None
+    path = site.name.partition("#")[0]
+    for pattern, name in config.overrides:
+        module, colon, role = pattern.rpartition(":")
+        if colon and role != site.role:
+            continue
+        if fnmatch.fnmatchcase(path, module if colon else pattern):
+            recipe, chosen = recipe_named(name), pattern
+    return recipe, chosen
