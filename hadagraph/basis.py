@@ -136,16 +136,14 @@ def _same_through(node: fx.Node, bases: dict[fx.Node, Any]) -> Basis:
 
 
 def _add(node: fx.Node, bases: dict[fx.Node, Any]) -> Basis:
-    left, right = node.args[0], node.args[1]
-    if not isinstance(right, fx.Node):
-        basis = bases[left]  # type: ignore[index]
-        _require(not _rotated(basis), node, "adds a number to a rotated tensor")
-        return basis  # type: ignore[no-any-return]
-    if not _rotated(bases[left]) and not _rotated(bases[right]):  # type: ignore[index]
+    terms = [term for term in node.args[:2] if isinstance(term, fx.Node)]
+    if not any(_rotated(bases[term]) for term in terms):
         return _plain(node)  # type: ignore[no-any-return]
-    same = bases[left] == bases[right] and tensor(left).shape == tensor(right).shape  # type: ignore[index, arg-type]
+    _require(len(terms) == 2, node, "adds a number to a rotated tensor")
+    left, right = terms
+    same = bases[left] == bases[right] and tensor(left).shape == tensor(right).shape
     _require(same, node, "adds tensors in different bases")
-    return bases[left]  # type: ignore[index, no-any-return]
+    return bases[left]  # type: ignore[no-any-return]
 
 
 def _codes_basis(text: Any) -> tuple[Basis, Basis]:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,10 +79,12 @@ def reset_cudagraph_trees() -> None:
         reset()
 
 
-def without_caches() -> AbstractContextManager[None]:
+@contextmanager
+def without_caches() -> Iterator[None]:
     """A context in which neither AOTAutograd's nor Inductor's caches are read or written."""
-    patched: AbstractContextManager[None] = inductor_config.patch(force_disable_caches=True)
-    return patched
+    with warnings.catch_warnings(), inductor_config.patch(force_disable_caches=True):
+        warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
+        yield
 
 
 def static_hint(size: int | torch.SymInt) -> int:

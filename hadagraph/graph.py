@@ -127,7 +127,7 @@ def calls(graph: fx.Graph, targets: Sequence[Any]) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "call_function" and n.target in targets]
 
 
-_MODULE_STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|([A-Za-z_]\w*)")
+_MODULE_STEP = re.compile(r"\['([^']+)'\]|\[?(\d+)\]?|([A-Za-z_]\w*)")
 
 
 def module_path(node: fx.Node) -> str:

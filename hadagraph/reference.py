@@ -4,7 +4,7 @@ numerics, and are the CPU implementation. Import no Triton.
 Order of operations (each step in fp32, correctly rounded):
     y      = x D H                       unnormalized, fp32 accumulation
     amax   = max |y| over the scale group, floored at AMAX_FLOOR; a group of zeros has amax 0
-    codes  = round_half_even(y * (max / amax)), clamped to +-max
+    codes  = round_half_even(y * (max / amax)), at most +-max
     scale  = (amax / max) * (1 / sqrt(block))
 A group that holds inf or NaN gets scale NaN and codes 0; a group of zeros scale 1 and codes 0.
 """
@@ -39,23 +39,42 @@ def quantize_reference(
     (`per_tensor`). The contracted dim comes last whatever `contracted_dim` was.
     """
     fmt = format_named(encoding.format)
-    y = x.float() if contracted_dim == 1 else x.float().t()
+    y = x.float()
     if encoding.rotation is not None:
-        y = rotate_reference(y, 1, encoding.rotation, normalize=False)
-    padding = padded_size(y.shape[1], encoding.contracted_multiple) - y.shape[1]
-    if padding:
-        y = torch.nn.functional.pad(y, (0, padding))
-    if y.numel() == 0:
-        amax = y.new_zeros(1 if encoding.granularity == PER_TENSOR else y.shape[0])
-    elif encoding.granularity == PER_TENSOR:
-        amax = y.abs().amax().reshape(1)
-    else:
-        amax = y.abs().amax(dim=1)
+        y = rotate_reference(y, contracted_dim, encoding.rotation, normalize=False)
+    amax = _group_maxima(y, encoding, contracted_dim)
     scale, inverse = scale_reference(amax, encoding)
-    scaled = (y * inverse[:, None]).clamp(-fmt.max, fmt.max)
-    scaled = torch.where(inverse[:, None].isnan(), 0.0, scaled)
-    codes = scaled.round().to(torch.int8) if fmt.is_integer else scaled.to(fmt.dtype)
-    return codes.contiguous(), scale
+    y = y * (inverse if contracted_dim == 0 else inverse[:, None])
+    if not bool(inverse.isfinite().all()):
+        y = torch.where((inverse if contracted_dim == 0 else inverse[:, None]).isnan(), 0.0, y)
+    # |y| <= max (1 + 2^-22), which rounds to a code within +-max: clamping would change nothing.
+    codes = y.round_().to(torch.int8) if fmt.is_integer else y.to(fmt.dtype)
+    return _contracted_last(codes, contracted_dim, encoding.contracted_multiple), scale
+
+
+def _group_maxima(y: torch.Tensor, encoding: Encoding, contracted_dim: int) -> torch.Tensor:
+    """max |y| of each scale group, NaN where the group holds NaN: [kept] or [1]."""
+    groups = 1 if encoding.granularity == PER_TENSOR else y.shape[1 - contracted_dim]
+    if y.numel() == 0:
+        return y.new_zeros(groups)
+    if encoding.granularity == PER_TENSOR:
+        low, high = torch.aminmax(y)
+    else:
+        low, high = torch.aminmax(y, dim=contracted_dim)
+    return torch.maximum(-low, high).reshape(groups)
+
+
+def _contracted_last(codes: torch.Tensor, contracted_dim: int, multiple: int) -> torch.Tensor:
+    """Codes as [kept, contracted], contiguous, the contracted dim padded with zeros."""
+    codes = codes.t() if contracted_dim == 0 else codes
+    kept, size = codes.shape
+    padded = padded_size(size, multiple)
+    if padded == size:
+        return codes.contiguous()
+    out = codes.new_zeros((kept, padded))
+    # Copied as bytes: not every op knows the one-byte floating-point types.
+    out.view(torch.uint8)[:, :size] = codes.view(torch.uint8)
+    return out
 
 
 def scale_reference(amax: torch.Tensor, encoding: Encoding) -> tuple[torch.Tensor, torch.Tensor]:

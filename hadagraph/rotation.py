@@ -23,12 +23,24 @@ class Fixed:
 
     seed: int
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed of fixed signs must not be negative, got {self.seed!r}")
+
 
 @dataclass(frozen=True)
 class PerStep:
-    """A sign diagonal drawn anew each step from the named stream; the key is resolved on device."""
+    """A sign diagonal drawn anew each step from the named stream (letters, digits, `_` and `.`);
+    the key is resolved on device."""
 
     stream: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.]+", self.stream):
+            raise ValueError(
+                f"stream of per-step signs must be letters, digits, '_' and '.', "
+                f"got {self.stream!r}"
+            )
 
 
 Signs = Fixed | PerStep | None
@@ -71,7 +83,7 @@ class Rotation:
         return Rotation(int(block), PerStep(stream) if stream is not None else None)
 
 
-_ROTATION = re.compile(r"h(\d+)(?::fixed\((\d+)\)|:per_step\((\w+)\))?")
+_ROTATION = re.compile(r"h(\d+)(?::fixed\((\d+)\)|:per_step\(([\w.]+)\))?")
 
 
 def block_for(size: int, most: int = MAX_BLOCK) -> int:
@@ -138,12 +150,17 @@ def padded_size(size: int, multiple: int) -> int:
 def _apply_blockwise(
     x: torch.Tensor, dim: int, matrix: torch.Tensor, block: int, normalize: bool
 ) -> torch.Tensor:
-    last = x.movedim(dim, -1)
-    size = last.shape[-1]
-    padding = padded_size(size, block) - size
-    if padding:
-        last = torch.nn.functional.pad(last, (0, padding))
-    y = last.reshape(*last.shape[:-1], last.shape[-1] // block, block) @ matrix
+    dim %= x.dim()
+    size = x.shape[dim]
+    padded = padded_size(size, block)
+    if padded != size:
+        after = x.dim() - 1 - dim
+        x = torch.nn.functional.pad(x, (0, 0) * after + (0, padded - size))
+    if dim == x.dim() - 1:
+        y = x.unflatten(dim, (padded // block, block)) @ matrix
+    else:
+        # [..., blocks, block, rest]: multiplied from the left, so that nothing is transposed.
+        y = matrix.t() @ x.unflatten(dim, (padded // block, block)).flatten(dim + 2)
     if normalize:
         y = y * block**-0.5
-    return y.reshape(last.shape).movedim(-1, dim)
+    return y.reshape(x.shape)

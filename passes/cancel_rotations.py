@@ -96,7 +96,7 @@ def through_view(node: fx.Node) -> fx.Node | None:
     """
     moved, dim, *rest = node.args
     assert isinstance(moved, fx.Node) and isinstance(dim, int)
-    if moved.target not in VIEWS or dim != tensor(moved).dim() - 1:
+    if moved.target not in VIEWS or moved.kwargs or dim != tensor(moved).dim() - 1:
         return None
     if tensor(node).shape[-1] != tensor(moved).shape[-1] or not _inverse_behind_views(node):
         return None

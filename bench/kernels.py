@@ -1,0 +1,278 @@
+"""Times the emitted kernels beside their baselines: quantizers against the measured copy bandwidth,
+GEMMs against cuBLAS bf16, torch._scaled_mm and torch._int_mm; `--tune` races the configurations.
+
+    python bench/kernels.py --out bench/results/kernels.json [--quick] [--tune]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
+
+from hadagraph.codegen import launch, tune
+from hadagraph.codegen.choose import select_quantize
+from hadagraph.formats import Encoding
+
+QUANTIZER_T = 16384
+QUANTIZER_K = (2048, 4096, 14336)
+ENCODINGS = {
+    "int8_rotated": "int8/per_kept_index/h128",
+    "fp8_rowwise": "fp8_e4m3/per_kept_index",
+    "fp8_tensorwise": "fp8_e4m3/per_tensor",
+}
+LAUNCH_ERRORS = (RuntimeError, CompilationError, OutOfResources)
+LAYOUTS = ("rows", "columns", "both")
+GEMM_SHAPES = (
+    (8192, 4096, 4096),
+    (8192, 14336, 4096),
+    (8192, 4096, 14336),
+    (16384, 14336, 4096),
+    (4096, 14336, 8192),
+    (14336, 4096, 8192),
+)
+L2_BYTES = 1 << 27  # buffer sets are rotated until they exceed this
+Row = dict[str, Any]
+
+
+def median_ms(calls: list[Callable[[], object]], repeats: int) -> float:
+    """Median over `repeats` of the mean time of one pass through `calls` (each on its own buffers),
+    measured with CUDA events behind a spin that hides launch overhead."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(400_000 * len(calls))
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / len(calls))
+    return statistics.median(times)
+
+
+def buffer_sets(bytes_each: int) -> int:
+    return max(2, min(6, -(-2 * L2_BYTES // bytes_each)))
+
+
+def copy_bandwidth(repeats: int) -> float:
+    """Bytes per second of a device copy, read plus write."""
+    buffers = [torch.empty(1 << 29, dtype=torch.uint8, device="cuda") for _ in range(4)]
+    calls = [lambda a=a, b=b: b.copy_(a) for a, b in (buffers[:2], buffers[2:])]
+    return 2 * (1 << 29) / (median_ms(calls, repeats) * 1e-3)
+
+
+def time_quantizer(
+    K: int, text: str, layouts: str, bandwidth: float, repeats: int, config: object = None
+) -> Row:
+    """One quantizer on [QUANTIZER_T, K] bf16, with its shares of copy bandwidth on the minimal
+    bytes (one read, one write a layout) and on the bytes that its scheme moves."""
+    T = QUANTIZER_T
+    encoding = Encoding.parse(text)
+    rows = encoding if layouts != "columns" else None
+    columns = encoding if layouts != "rows" else None
+    capability = torch.cuda.get_device_capability()
+    minimal = T * K * (2 + (rows is not None) + (columns is not None))
+    plan = select_quantize(T, K, torch.bfloat16, rows, columns, capability, config)
+    scheme = sum(spec.bytes(T, K) for spec in plan.specs)
+    inputs = [
+        torch.randn(T, K, dtype=torch.bfloat16, device="cuda")
+        for _ in range(buffer_sets(T * K * 2))
+    ]
+    calls = [lambda x=x: launch.quantize(x, rows, columns, capability, config) for x in inputs]
+    ms = median_ms(calls, repeats)
+    return {
+        "kernel": "quantize",
+        "layouts": layouts,
+        "encoding": text,
+        "T": T,
+        "K": K,
+        "ms": ms,
+        "flops": sum(spec.flops(T, K) for spec in plan.specs),
+        "minimal_bytes": minimal,
+        "scheme_bytes": scheme,
+        "of_copy_minimal": minimal / (ms * 1e-3) / bandwidth,
+        "of_copy_scheme": scheme / (ms * 1e-3) / bandwidth,
+        "config": str(config or "table"),
+    }
+
+
+def gemm_operands(M: int, N: int, C: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    if dtype == torch.int8:
+        return [torch.randint(-127, 128, s, dtype=dtype, device="cuda") for s in ((M, C), (N, C))]
+    return [torch.randn(s, device="cuda").to(dtype) for s in ((M, C), (N, C))]
+
+
+def gemm_calls(M: int, N: int, C: int) -> dict[str, list[Callable[[], object]]]:
+    """Baselines and our kernels by name, each on two sets of random operands."""
+    capability = torch.cuda.get_device_capability()
+    a_scale, b_scale = torch.rand(M, device="cuda"), torch.rand(N, device="cuda")
+    one = torch.ones((), device="cuda")
+    bf16, e4m3 = torch.bfloat16, torch.float8_e4m3fn
+    row, column = a_scale[:, None], b_scale[None, :]
+    fast = {"out_dtype": bf16, "use_fast_accum": True}
+    calls: dict[str, list[Callable[[], object]]] = {}
+    for _ in range(2):
+        a, b = gemm_operands(M, N, C, bf16)
+        fa, fb = gemm_operands(M, N, C, e4m3)
+        ia, ib = gemm_operands(M, N, C, torch.int8)
+        table = {
+            "bf16 cuBLAS": lambda a=a, b=b: a @ b.t(),
+            "_scaled_mm tensorwise": lambda a=fa, b=fb: torch._scaled_mm(
+                a, b.t(), scale_a=one, scale_b=one, **fast
+            ),
+            "_scaled_mm rowwise": lambda a=fa, b=fb: torch._scaled_mm(
+                a, b.t(), scale_a=row, scale_b=column, **fast
+            ),
+            "_int_mm": lambda a=ia, b=ib: torch._int_mm(a, b.t()),
+            "hadagraph int8": lambda a=ia, b=ib: launch.scaled_mm(
+                a, b, a_scale, b_scale, None, bf16, capability
+            ),
+            "hadagraph fp8_e4m3": lambda a=fa, b=fb: launch.scaled_mm(
+                a, b, a_scale, b_scale, None, bf16, capability
+            ),
+        }
+        for name, call in table.items():
+            calls.setdefault(name, []).append(call)
+    return calls
+
+
+def gemm_rows(shapes: tuple[tuple[int, int, int], ...], repeats: int) -> list[Row]:
+    results = []
+    for M, N, C in shapes:
+        rates: dict[str, list[float]] = {}
+        calls = gemm_calls(M, N, C)
+        for _ in range(3):  # interleaved, so that clocks drift alike for all
+            for name, sets in calls.items():
+                rates.setdefault(name, []).append(median_ms(sets, repeats))
+        for name, times in rates.items():
+            ms = statistics.median(times)
+            results.append(
+                {
+                    "kernel": name,
+                    "M": M,
+                    "N": N,
+                    "C": C,
+                    "ms": ms,
+                    "flops": 2 * M * N * C,
+                    "tflops": 2e-9 * M * N * C / ms,
+                }
+            )
+    return results
+
+
+def tune_rows(bandwidth: float, repeats: int) -> list[Row]:
+    """Every candidate of every table on the shapes above, failures recorded with their message."""
+    capability = torch.cuda.get_device_capability()
+    results: list[Row] = []
+    for K in QUANTIZER_K:
+        for layouts in LAYOUTS:
+            whole = layouts == "rows"
+            candidates = tune.rows_candidates if whole else tune.tiles_candidates
+            texts = ("int8_rotated", "fp8_rowwise")
+            for text in texts:
+                for config in candidates(capability):
+                    encoding = ENCODINGS[text]
+                    try:
+                        row = time_quantizer(K, encoding, layouts, bandwidth, repeats, config)
+                    except LAUNCH_ERRORS as error:
+                        row = {"K": K, "encoding": encoding, "error": str(error)[:200]}
+                    results.append(row | {"config": str(config)})
+    for M, N, C in (*GEMM_SHAPES, (1024, 4096, 4096), (256, 4096, 4096)):
+        for dtype in (torch.int8, torch.float8_e4m3fn):
+            a, b = gemm_operands(M, N, C, dtype)
+            scales = torch.rand(M, device="cuda"), torch.rand(N, device="cuda")
+            for config in tune.scaled_mm_candidates(capability):
+                row = {"M": M, "N": N, "C": C, "dtype": str(dtype), "config": str(config)}
+                try:
+                    call = [
+                        lambda a=a, b=b, s=scales, c=config: launch.scaled_mm(
+                            a, b, *s, None, torch.bfloat16, capability, c
+                        )
+                    ]
+                    ms = median_ms(call * 2, repeats)
+                    row |= {"ms": ms, "tflops": 2e-9 * M * N * C / ms}
+                except LAUNCH_ERRORS as error:
+                    row["error"] = str(error)[:200]
+                results.append(row)
+    return results
+
+
+def show(title: str, rows: list[Row], columns: tuple[str, ...]) -> None:
+    table = Table(*columns, title=title)
+    for row in rows:
+        cells = [row.get(column, "") for column in columns]
+        table.add_row(*[f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells])
+    Console(width=170).print(table)
+
+
+def winners(rows: list[Row]) -> list[Row]:
+    """The fastest configuration of each group of candidates."""
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = tuple(row.get(k) for k in ("layouts", "encoding", "K", "M", "N", "C", "dtype"))
+        if "ms" in row and (key not in best or row["ms"] < best[key]["ms"]):
+            best[key] = row
+    return list(best.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="write the results here as JSON")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats and shapes")
+    parser.add_argument("--tune", action="store_true", help="race the candidate configurations")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    began = time.time()
+    repeats = 5 if options.quick else 15
+    launch.prepare("cuda")
+    bandwidth = copy_bandwidth(repeats)
+    widths = QUANTIZER_K[1:2] if options.quick else QUANTIZER_K
+    quantizers = [
+        time_quantizer(K, text, layouts, bandwidth, repeats)
+        for text in ENCODINGS.values()
+        for layouts in LAYOUTS
+        for K in widths
+    ]
+    gemms = gemm_rows(GEMM_SHAPES[: 2 if options.quick else None], repeats)
+    record: Row = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "copy_bytes_per_s": bandwidth,
+        "quantizers": quantizers,
+        "gemms": gemms,
+    }
+    shares = ("of_copy_minimal", "of_copy_scheme")
+    show("quantizers", quantizers, ("encoding", "layouts", "K", "ms", *shares))
+    show("GEMM", gemms, ("M", "N", "C", "kernel", "ms", "tflops"))
+    if options.tune:
+        record["tune"] = tune_rows(bandwidth, 5)
+        shape = ("layouts", "encoding", "dtype", "K", "M", "N", "C")
+        columns = (*shape, "ms", "tflops", *shares, "config")
+        show("winners", winners(record["tune"]), columns)
+    record["seconds"] = time.time() - began
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"copy {bandwidth / 1e12:.2f} TB/s, {record['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Triton kernels, emitted as text from specs. Knows nothing of graphs or passes."""

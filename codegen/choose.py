@@ -1,0 +1,162 @@
+"""Which kernels an operator call runs, from shapes, dtypes and the target alone: no tensors, so
+that sources can be listed without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hadagraph.codegen.spec import (
+    WIDTH,
+    AmaxSide,
+    AmaxSpec,
+    Capability,
+    QuantizeRowsSpec,
+    QuantizeTilesSpec,
+    ScaledMmSpec,
+    Side,
+)
+from hadagraph.codegen.tune import (
+    MmConfig,
+    RowsConfig,
+    TilesConfig,
+    row_groups,
+    rows_configuration,
+    scaled_mm_configuration,
+    tiles_configuration,
+)
+from hadagraph.formats import FORMATS, PER_TENSOR, Encoding
+from hadagraph.reference import INT32_CONTRACTION
+
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+FORMAT_NAMES = {row.dtype: row.name for row in FORMATS.values() if row.bits == 8}
+
+# Hopper's tensor cores keep about 14 bits of an fp8 accumulator. Over this many products the error
+# stays far below that of the codes themselves (2^-4 each), so parts of it are promoted to fp32.
+FP8_CONTRACTION = 1 << 13
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """Kernels of one quantizer call on x [T, K] with unit stride along K: either `whole_rows`, or
+    `amax` and then `write`. `programs_per_sm` bounds a persistent grid."""
+
+    whole_rows: QuantizeRowsSpec | None
+    amax: AmaxSpec | None
+    write: QuantizeTilesSpec | None
+    programs_per_sm: int = 0
+
+    @property
+    def specs(self) -> tuple[QuantizeRowsSpec | AmaxSpec | QuantizeTilesSpec, ...]:
+        return tuple(spec for spec in (self.whole_rows, self.amax, self.write) if spec is not None)
+
+
+def select_quantize(
+    T: int,
+    K: int,
+    dtype: torch.dtype,
+    rows: Encoding | None,
+    columns: Encoding | None,
+    capability: Capability,
+    config: RowsConfig | TilesConfig | None = None,
+) -> QuantizePlan:
+    """The plan for codes of the rows and/or the columns of x [T, K]; `config` overrides the
+    table's."""
+    if rows is not None and columns is None and rows.granularity != PER_TENSOR:
+        rows_config = config if isinstance(config, RowsConfig) else rows_configuration(capability)
+        spec = _rows_spec(T, K, dtype, rows, capability, rows_config)
+        return QuantizePlan(spec, None, None, rows_config.programs_per_sm)
+    tiles_config = config if isinstance(config, TilesConfig) else tiles_configuration(capability)
+    row_side = Side.of(rows) if rows else None
+    column_side = Side.of(columns) if columns else None
+    shape_flags = {
+        "mask_rows": T % (WIDTH * tiles_config.tiles) != 0,
+        "mask_columns": K % WIDTH != 0,
+    }
+    amax = AmaxSpec(
+        DTYPE_NAMES[dtype],
+        AmaxSide.of(row_side),
+        AmaxSide.of(column_side),
+        tiles_config.tiles,
+        **shape_flags,
+        warps=tiles_config.warps,
+        stages=tiles_config.stages,
+        capability=capability,
+    )
+    write = QuantizeTilesSpec(
+        DTYPE_NAMES[dtype],
+        row_side,
+        column_side,
+        tiles_config.tiles,
+        tiles_config.fragment_order,
+        **shape_flags,
+        warps=tiles_config.warps,
+        stages=tiles_config.stages,
+        capability=capability,
+    )
+    return QuantizePlan(None, amax, write)
+
+
+def _rows_spec(
+    T: int, K: int, dtype: torch.dtype, rows: Encoding, capability: Capability, config: RowsConfig
+) -> QuantizeRowsSpec:
+    groups = row_groups(K)
+    tile_rows = max(1, max(config.tile, _least_tile(config.warps)) // groups)
+    streamed = groups * WIDTH < K
+    return QuantizeRowsSpec(
+        DTYPE_NAMES[dtype],
+        Side.of(rows),
+        tile_rows,
+        groups,
+        streamed=streamed,
+        persistent=config.persistent and not streamed,
+        fragment_order=config.fragment_order,
+        mask_rows=T % tile_rows != 0,
+        mask_columns=K % (groups * WIDTH) != 0,
+        warps=config.warps,
+        stages=config.stages,
+        capability=capability,
+    )
+
+
+def _least_tile(warps: int) -> int:
+    """Each warp of a matrix product needs 16 rows of its own."""
+    return 16 * min(warps, 8)
+
+
+def select_scaled_mm(
+    M: int,
+    N: int,
+    C: int,
+    a_format: str,
+    b_format: str,
+    per_tensor: tuple[bool, bool],
+    bias_dtype: torch.dtype | None,
+    out_dtype: torch.dtype,
+    capability: Capability,
+    config: MmConfig | None = None,
+) -> ScaledMmSpec:
+    """The kernel for a [M, C] times b [N, C]^T; `config` overrides the table's."""
+    config = config or scaled_mm_configuration(M, N, capability)
+    longest = INT32_CONTRACTION if FORMATS[a_format].is_integer else FP8_CONTRACTION
+    return ScaledMmSpec(
+        a_format,
+        b_format,
+        DTYPE_NAMES[out_dtype],
+        None if bias_dtype is None else DTYPE_NAMES[bias_dtype],
+        per_tensor[0],
+        per_tensor[1],
+        config.block_m,
+        config.block_n,
+        config.block_c,
+        config.group,
+        part=longest if longest < C else None,
+        descriptors=config.descriptors,
+        mask_m=M % config.block_m != 0,
+        mask_n=N % config.block_n != 0,
+        mask_c=not config.descriptors and C % config.block_c != 0,
+        warps=config.warps,
+        stages=config.stages,
+        capability=capability,
+    )

@@ -1,0 +1,157 @@
+"""Spec -> Triton source: one file with one kernel, readable and runnable by itself. Frames the
+bodies that `emit_quantizers` and `emit_matmul` write. Knows no tensors and launches nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from hadagraph.codegen.emit_matmul import scaled_mm_body
+from hadagraph.codegen.emit_quantizers import amax_body, quantize_rows_body, quantize_tiles_body
+from hadagraph.codegen.primitives import SIGNATURE_DTYPES, Lines, indent
+from hadagraph.codegen.spec import (
+    AmaxSpec,
+    Capability,
+    KernelSpec,
+    QuantizeRowsSpec,
+    QuantizeTilesSpec,
+    ScaledMmSpec,
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel's file is made of: what it does, its arguments' Triton types, its body."""
+
+    summary: str
+    arguments: tuple[tuple[str, str], ...]
+    body: Lines
+
+
+@lru_cache(maxsize=1024)
+def emit(spec: KernelSpec) -> str:
+    """The source text of the kernel that the spec describes: a function of the spec alone."""
+    kernel = _KERNELS[type(spec)](spec)  # type: ignore[operator]
+    options = {
+        "num_warps": spec.warps,
+        "num_stages": spec.stages,
+        "enable_fp_fusion": False,
+    }
+    lines = [
+        f'"""{spec.name}: {kernel.summary}"""',
+        "",
+        "import triton",
+        "import triton.language as tl",
+        "",
+        f"OPTIONS = {options}",
+        "SIGNATURE = {",
+        *(f'    "{name}": "{kind}",' for name, kind in kernel.arguments),
+        "}",
+        "",
+        "",
+        "@triton.jit",
+        f"def {spec.name}(",
+        *(f"    {name}," for name, _ in kernel.arguments),
+        "):",
+        *indent(kernel.body),
+        "",
+        "",
+        *_main(spec.name, spec.capability),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _main(name: str, capability: Capability) -> Lines:
+    target = capability[0] * 10 + capability[1]
+    return [
+        'if __name__ == "__main__":  # compiles without a GPU and prints the assembly',
+        "    from triton.backends.compiler import GPUTarget",
+        "    from triton.compiler import ASTSource",
+        "",
+        '    aligned = [["tt.divisibility", 16]]',
+        "    arguments = enumerate(SIGNATURE.values())",
+        '    attributes = {(i,): aligned for i, kind in arguments if kind == "i32" or "*" in kind}',
+        f"    source = ASTSource({name}, SIGNATURE, attrs=attributes)",
+        f'    target = GPUTarget("cuda", {target}, 32)',
+        '    print(triton.compile(source, target=target, options=OPTIONS).asm["ptx"])',
+    ]
+
+
+def _pointer(dtype: str) -> str:
+    return f"*{SIGNATURE_DTYPES[dtype]}"
+
+
+def _matrix_dtype(input_dtype: str) -> str:
+    return "fp16" if input_dtype == "fp16" else "bf16"
+
+
+def _quantize_rows(spec: QuantizeRowsSpec) -> Kernel:
+    arguments = [("x_ptr", _pointer(spec.input_dtype))]
+    if spec.side.block is not None:
+        arguments.append(("matrix_ptr", _pointer(_matrix_dtype(spec.input_dtype))))
+    arguments += [("codes_ptr", _pointer(spec.side.format)), ("scale_ptr", "*fp32")]
+    arguments += [("T", "i32"), ("K", "i32"), ("x_stride", "i32"), ("codes_stride", "i32")]
+    rotated = "rotated by H, " if spec.side.block is not None else ""
+    summary = f"x [T, K] {rotated}to codes [T, K padded], one scale a row [T]."
+    return Kernel(summary, tuple(arguments), quantize_rows_body(spec))
+
+
+def _amax(spec: AmaxSpec) -> Kernel:
+    arguments = [("x_ptr", _pointer(spec.input_dtype))]
+    sides = [("row", spec.rows), ("column", spec.columns)]
+    for name, side in sides:
+        if side is not None and side.rotated:
+            arguments.append((f"{name}_matrix_ptr", _pointer(_matrix_dtype(spec.input_dtype))))
+    arguments += [(f"{name}_amax_ptr", "*i32") for name, side in sides if side is not None]
+    arguments += [("T", "i32"), ("K", "i32"), ("x_stride", "i32")]
+    summary = "maximum magnitudes of x [T, K], as fp32 bits, into buffers that start at 0."
+    return Kernel(summary, tuple(arguments), amax_body(spec))
+
+
+def _quantize_tiles(spec: QuantizeTilesSpec) -> Kernel:
+    arguments = [("x_ptr", _pointer(spec.input_dtype))]
+    sides = [("row", spec.rows), ("column", spec.columns)]
+    for name, side in sides:
+        if side is not None and side.block is not None:
+            arguments.append((f"{name}_matrix_ptr", _pointer(_matrix_dtype(spec.input_dtype))))
+    for name, side in sides:
+        if side is not None:
+            arguments += [
+                (f"{name}_amax_ptr", "*i32"),
+                (f"{name}_codes_ptr", _pointer(side.format)),
+                (f"{name}_scale_ptr", "*fp32"),
+            ]
+    arguments += [("T", "i32"), ("K", "i32"), ("x_stride", "i32")]
+    arguments += [(f"{name}_codes_stride", "i32") for name, side in sides if side is not None]
+    layouts = [name for name, side in (("[T, K]", spec.rows), ("[K, T]", spec.columns)) if side]
+    summary = f"x [T, K] to codes {' and '.join(layouts)} (last dim padded), from known maxima."
+    return Kernel(summary, tuple(arguments), quantize_tiles_body(spec))
+
+
+def _scaled_mm(spec: ScaledMmSpec) -> Kernel:
+    a, b = SIGNATURE_DTYPES[spec.a_format], SIGNATURE_DTYPES[spec.b_format]
+    if spec.descriptors:
+        arguments = [
+            ("a_descriptor", f"tensordesc<{a}[{spec.block_m}, {spec.block_c}]>"),
+            ("b_descriptor", f"tensordesc<{b}[{spec.block_n}, {spec.block_c}]>"),
+        ]
+    else:
+        arguments = [("a_ptr", f"*{a}"), ("b_ptr", f"*{b}")]
+    arguments += [("out_ptr", _pointer(spec.out_dtype)), ("a_scale_ptr", "*fp32")]
+    arguments += [("b_scale_ptr", "*fp32")]
+    if spec.bias_dtype is not None:
+        arguments.append(("bias_ptr", _pointer(spec.bias_dtype)))
+    arguments += [("M", "i32"), ("N", "i32"), ("C", "i32")]
+    if not spec.descriptors:
+        arguments += [("a_stride", "i32"), ("b_stride", "i32")]
+    bias = " + bias" if spec.bias_dtype else ""
+    summary = f"out [M, N] = (a [M, C] @ b [N, C]^T) * a_scale * b_scale{bias}."
+    return Kernel(summary, tuple(arguments), scaled_mm_body(spec))
+
+
+_KERNELS = {
+    QuantizeRowsSpec: _quantize_rows,
+    AmaxSpec: _amax,
+    QuantizeTilesSpec: _quantize_tiles,
+    ScaledMmSpec: _scaled_mm,
+}

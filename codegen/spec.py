@@ -1,0 +1,233 @@
+"""Kernel specs: everything that an emitted kernel's source depends on, as frozen dataclasses, with
+the FLOPs and bytes of a launch. Equal specs give equal source. Knows nothing of tensors.
+
+Legend: T rows of the input matrix, K its columns, M and N kept dims of a GEMM, C contracted dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hadagraph.formats import PER_TENSOR, Encoding, format_named
+
+WIDTH = 128
+"""Columns of the +-1 matrix that every rotation multiplies by: smaller blocks are repeated along
+its diagonal, which is exact and gives all blocks one code path."""
+
+Capability = tuple[int, int]
+INPUT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def check_capability(format_name: str, capability: Capability) -> None:
+    """ValueError if the target has no matrix instruction for the format."""
+    needed = format_named(format_name).min_capability
+    if capability < needed:
+        raise ValueError(
+            f"format {format_name} needs compute capability {needed[0]}.{needed[1]} or higher, "
+            f"the target has {capability[0]}.{capability[1]}"
+        )
+
+
+@dataclass(frozen=True)
+class Side:
+    """One output of a quantizer: its format, rotation block (`None`: not rotated), and whether one
+    scale serves the whole tensor. Signs live in the matrix argument, not in the source."""
+
+    format: str
+    block: int | None
+    per_tensor: bool
+
+    def __post_init__(self) -> None:
+        if self.block is not None and self.block > WIDTH:
+            raise ValueError(
+                f"rotation block of a kernel must be at most {WIDTH}, got {self.block}"
+            )
+
+    @staticmethod
+    def of(encoding: Encoding) -> Side:
+        block = encoding.rotation.block if encoding.rotation else None
+        return Side(encoding.format, block, encoding.granularity == PER_TENSOR)
+
+    @property
+    def label(self) -> str:
+        rotation = "" if self.block is None else f"_h{self.block}"
+        return f"{self.format}{rotation}{'_tensor' if self.per_tensor else ''}"
+
+
+@dataclass(frozen=True)
+class QuantizeRowsSpec:
+    """Rotate and quantize whole rows, per-row scales, in one kernel.
+
+    A tile is `rows` rows of `groups * WIDTH` columns. `streamed`: the row does not fit one tile and
+    is read twice. `persistent`: each program loops over tiles. `fragment_order`: see
+    `hadagraph.codegen.matrices`. `mask_rows`/`mask_columns`: the tile may pass the matrix's edge.
+    """
+
+    input_dtype: str
+    side: Side
+    rows: int
+    groups: int
+    streamed: bool
+    persistent: bool
+    fragment_order: bool
+    mask_rows: bool
+    mask_columns: bool
+    warps: int
+    stages: int
+    capability: Capability
+
+    def __post_init__(self) -> None:
+        check_capability(self.side.format, self.capability)
+        assert not self.side.per_tensor, "per_tensor scales need the amax pass"
+        assert not (self.streamed and self.persistent)
+
+    @property
+    def name(self) -> str:
+        return f"quantize_rows_{self.side.label}_{self.input_dtype}"
+
+    def flops(self, T: int, K: int) -> int:
+        """Multiply-adds of the rotation, counted twice."""
+        return 2 * T * K * self.side.block if self.side.block else 0
+
+    def bytes(self, T: int, K: int) -> int:
+        """Device memory traffic: one read of the input, one write of codes and scales."""
+        return T * K * (INPUT_BYTES[self.input_dtype] + 1) + 4 * T
+
+
+@dataclass(frozen=True)
+class AmaxSide:
+    """What the amax pass must know of a `Side`; formats that differ only in codes share it."""
+
+    rotated: bool
+    per_tensor: bool
+
+    @staticmethod
+    def of(side: Side | None) -> AmaxSide | None:
+        return None if side is None else AmaxSide(side.block is not None, side.per_tensor)
+
+    @property
+    def label(self) -> str:
+        return f"{'rotated' if self.rotated else 'plain'}{'_tensor' if self.per_tensor else ''}"
+
+
+@dataclass(frozen=True)
+class AmaxSpec:
+    """Maximum magnitudes (as fp32 bits in int32) of rows and/or columns, or of the whole tensor.
+
+    A program walks `tiles` tiles of WIDTH x WIDTH down one stripe of columns.
+    """
+
+    input_dtype: str
+    rows: AmaxSide | None
+    columns: AmaxSide | None
+    tiles: int
+    mask_rows: bool
+    mask_columns: bool
+    warps: int
+    stages: int
+    capability: Capability
+
+    @property
+    def name(self) -> str:
+        rows = f"_rows_{self.rows.label}" if self.rows else ""
+        columns = f"_columns_{self.columns.label}" if self.columns else ""
+        return f"amax{rows}{columns}_{self.input_dtype}"
+
+    def flops(self, T: int, K: int) -> int:
+        return sum(2 * T * K * WIDTH for s in (self.rows, self.columns) if s and s.rotated)
+
+    def bytes(self, T: int, K: int) -> int:
+        """One read of the input, one write of each maximum."""
+        sides = 4 * T * (self.rows is not None) + 4 * K * (self.columns is not None)
+        return T * K * INPUT_BYTES[self.input_dtype] + sides
+
+
+@dataclass(frozen=True)
+class QuantizeTilesSpec:
+    """Codes in row layout and/or transposed layout, from maxima that `AmaxSpec` left."""
+
+    input_dtype: str
+    rows: Side | None
+    columns: Side | None
+    tiles: int
+    fragment_order: bool
+    mask_rows: bool
+    mask_columns: bool
+    warps: int
+    stages: int
+    capability: Capability
+
+    def __post_init__(self) -> None:
+        for side in (self.rows, self.columns):
+            if side is not None:
+                check_capability(side.format, self.capability)
+
+    @property
+    def name(self) -> str:
+        rows = f"_rows_{self.rows.label}" if self.rows else ""
+        columns = f"_columns_{self.columns.label}" if self.columns else ""
+        return f"quantize{rows}{columns}_{self.input_dtype}"
+
+    def flops(self, T: int, K: int) -> int:
+        return sum(2 * T * K * s.block for s in (self.rows, self.columns) if s and s.block)
+
+    def bytes(self, T: int, K: int) -> int:
+        """One read of the input, one write of the codes of each layout."""
+        layouts = (self.rows is not None) + (self.columns is not None)
+        return T * K * (INPUT_BYTES[self.input_dtype] + layouts)
+
+
+@dataclass(frozen=True)
+class ScaledMmSpec:
+    """out[m, n] = (sum_c a[m, c] b[n, c]) * a_scale[m] * b_scale[n] + bias[n], both K-major.
+
+    `part`: the contraction is summed in runs of this length, added in fp32 (`None`: one run).
+    `descriptors`: operands are read through host-made tensor descriptors (TMA), else by pointers.
+    """
+
+    a_format: str
+    b_format: str
+    out_dtype: str
+    bias_dtype: str | None
+    a_per_tensor: bool
+    b_per_tensor: bool
+    block_m: int
+    block_n: int
+    block_c: int
+    group: int
+    part: int | None
+    descriptors: bool
+    mask_m: bool
+    mask_n: bool
+    mask_c: bool
+    warps: int
+    stages: int
+    capability: Capability
+
+    def __post_init__(self) -> None:
+        check_capability(self.a_format, self.capability)
+        check_capability(self.b_format, self.capability)
+        both = format_named(self.a_format), format_named(self.b_format)
+        if both[0].is_integer != both[1].is_integer:
+            raise ValueError(
+                f"operands of scaled_mm must be both int8 or both fp8, got {self.a_format} and "
+                f"{self.b_format}"
+            )
+        assert self.part is None or self.part % self.block_c == 0
+
+    @property
+    def name(self) -> str:
+        formats = self.a_format
+        if self.b_format != self.a_format:
+            formats = f"{formats}_{self.b_format}"
+        return f"scaled_mm_{formats}_{self.out_dtype}"
+
+    def flops(self, M: int, N: int, C: int) -> int:
+        return 2 * M * N * C
+
+    def bytes(self, M: int, N: int, C: int) -> int:
+        """Each operand read once, the output written once."""
+        return (M + N) * C + M * N * INPUT_BYTES[self.out_dtype]
+
+
+KernelSpec = QuantizeRowsSpec | AmaxSpec | QuantizeTilesSpec | ScaledMmSpec

@@ -1,0 +1,61 @@
+"""Emitted sources on disk: one file a source, named by its hash, shared by all processes. Imports
+them as modules and remembers which were used. Emits and launches nothing itself."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+from hadagraph.codegen.emit import emit
+from hadagraph.codegen.spec import KernelSpec
+
+_EMITTED: dict[KernelSpec, str] = {}
+
+
+def source_directory() -> Path:
+    """Where emitted kernels lie: under Inductor's cache, so that clearing one clears both."""
+    return Path(cache_dir()) / "hadagraph"
+
+
+def write_source(source: str, name: str, directory: Path) -> Path:
+    """The path of a file with that source; written under a temporary name and then renamed, so
+    that no other process reads half a file."""
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    path = directory / f"{name}_{digest}.py"
+    if path.exists():
+        return path
+    directory.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
+    with os.fdopen(handle, "w") as file:
+        file.write(source)
+    os.replace(temporary, path)
+    return path
+
+
+def load_module(path: Path) -> ModuleType:
+    """The emitted file as a module (not entered in `sys.modules`)."""
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def kernel_module(spec: KernelSpec) -> ModuleType:
+    """The module of the spec's kernel: function `spec.name`, `OPTIONS` and `SIGNATURE`."""
+    source = emit(spec)
+    _EMITTED[spec] = source
+    return load_module(write_source(source, spec.name, source_directory()))
+
+
+def emitted_sources() -> dict[KernelSpec, str]:
+    """Spec -> source of every kernel that this process has used so far."""
+    return dict(_EMITTED)

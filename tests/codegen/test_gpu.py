@@ -1,0 +1,245 @@
+"""Emitted kernels on a GPU against their references, for every configuration of the tables."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import (
+    assert_quantized,
+    assert_scaled_mm,
+    check_quantizers,
+    integers,
+    normals,
+    random_codes,
+)
+
+from hadagraph import ops
+from hadagraph.codegen import launch, tune
+from hadagraph.formats import FORMATS, Encoding
+from hadagraph.rotation import Fixed, Rotation
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+FP8 = FORMATS["fp8_e4m3"].min_capability <= CAPABILITY
+NAMES = ["int8", "fp8_e4m3", "fp8_e5m2"] if FP8 else ["int8"]
+MAIN = ["int8/per_kept_index/h128", "int8/per_kept_index"]
+MAIN += ["fp8_e4m3/per_kept_index", "fp8_e4m3/per_kept_index/h64"] if FP8 else []
+LAYOUTS = ("rows", "columns", "both")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check(x: torch.Tensor, text: str, layouts: str, config: object = None, **bounds: object):
+    check_quantizers(x, Encoding.parse(text), layouts, "cuda", CAPABILITY, config, **bounds)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations():
+    """Freed memory of the caching allocator holds 0x7F bytes: an element not written is seen."""
+    block = torch.full((1 << 24,), 0x7F, dtype=torch.uint8, device="cuda")
+    small = [torch.full((1 << 12,), 0x7F, dtype=torch.uint8, device="cuda") for _ in range(64)]
+    del block, small
+    yield
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("text", MAIN)
+@pytest.mark.parametrize("index", range(len(tune.rows_candidates(CAPABILITY))))
+def test_rows_bitwise_for_every_configuration(index, text):
+    config = tune.rows_candidates(CAPABILITY)[index]
+    check(integers(1000, 576, torch.bfloat16), text, "rows", config, exact=True)
+    check(integers(256, 4096, torch.bfloat16, 1), text, "rows", config, exact=True)
+
+
+@pytest.mark.parametrize("index", range(len(tune.rows_candidates(CAPABILITY))))
+def test_long_rows_for_every_configuration(index):
+    config = tune.rows_candidates(CAPABILITY)[index]
+    check(integers(300, 14336, torch.bfloat16), MAIN[0], "rows", config, exact=True)
+
+
+@pytest.mark.parametrize("text", MAIN)
+@pytest.mark.parametrize("index", range(len(tune.tiles_candidates(CAPABILITY))))
+def test_tiles_bitwise_for_every_configuration(index, text):
+    config = tune.tiles_candidates(CAPABILITY)[index]
+    check(integers(1024, 512, torch.bfloat16), text, "both", config, exact=True)
+    check(integers(515, 200, torch.bfloat16, 1), text, "columns", config, exact=True)
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("text", ["int8/per_kept_index/h128", "int8/per_tensor/h32"])
+def test_input_dtypes_and_random_data(dtype, text, layouts):
+    check(integers(130, 300, dtype), text, layouts, exact=True)
+    check(normals(512, 1024, dtype), text, layouts, exact=False)
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize("granularity", ["per_kept_index", "per_tensor"])
+@pytest.mark.parametrize("name", NAMES)
+def test_formats(name, granularity, layouts):
+    check(integers(65, 144, torch.bfloat16), f"{name}/{granularity}", layouts, exact=True)
+    check(normals(256, 512, torch.bfloat16), f"{name}/{granularity}/h16", layouts, exact=False)
+
+
+@pytest.mark.parametrize("T", [0, 1, 3, 17, 129])
+@pytest.mark.parametrize("K", [1, 31, 256])
+def test_odd_shapes(T, K):
+    for layouts in LAYOUTS:
+        check(integers(T, K, torch.bfloat16), MAIN[0], layouts, exact=True)
+
+
+def test_rows_too_long_for_one_tile():
+    check(integers(5, 20000, torch.bfloat16), MAIN[0], "rows", exact=True)
+    check(integers(4, 32768, torch.bfloat16), MAIN[1], "rows", exact=True)
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS)
+def test_strides(layouts):
+    base = integers(300, 400, torch.bfloat16)
+    for x in (base.t(), base[::2], base[:, 3:200], base[:, ::3], base[:1].expand(40, 400)):
+        moved = (
+            x.cuda()
+            if x.stride(0) == 0
+            else base.cuda().as_strided(x.size(), x.stride(), x.storage_offset())
+        )
+        encoding = Encoding.parse(MAIN[0])
+        rows = encoding if layouts != "columns" else None
+        columns = encoding if layouts != "rows" else None
+        got = launch.quantize(moved, rows, columns, CAPABILITY)
+        for outputs, dim in zip(got, (1, 0), strict=True):
+            if outputs is not None:
+                assert_quantized(outputs, x, encoding, dim, exact=True)
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize("text", MAIN)
+def test_non_finite_groups_are_nan_and_others_untouched(text, layouts):
+    x = integers(150, 272, torch.bfloat16)
+    x[3, 7], x[50, 100], x[149, 271] = float("nan"), float("inf"), -float("inf")
+    check(x, text, layouts, exact=True)
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize("text", MAIN)
+def test_zero_tiny_and_huge_groups(text, layouts):
+    x = torch.zeros(64, 64, dtype=torch.bfloat16)
+    check(x, text, layouts, exact=True)
+    x[1], x[2], x[3, 5] = 2.0**-120, 2.0**110, 2.0**-130
+    check(x, text, layouts, exact=True)
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS)
+def test_signed_rotation(layouts):
+    encoding = Encoding.parse("int8/per_kept_index/h64:fixed(5)")
+    assert encoding.rotation == Rotation(64, Fixed(5))
+    check(integers(70, 130, torch.bfloat16), str(encoding), layouts, exact=True)
+
+
+def run_mm(M, N, C, names, bias_dtype=None, out_dtype=torch.bfloat16, config=None, per_tensor=()):
+    a, b = random_codes((M, C), names[0], 0), random_codes((N, C), names[1], 1)
+    a_scale = torch.rand(1 if 0 in per_tensor else M) + 0.5
+    b_scale = torch.rand(1 if 1 in per_tensor else N) + 0.5
+    bias = None if bias_dtype is None else torch.randn(N).to(bias_dtype)
+    on_device = [t.cuda() for t in (a, b, a_scale, b_scale)]
+    device_bias = None if bias is None else bias.cuda()
+    out = launch.scaled_mm(*on_device, device_bias, out_dtype, CAPABILITY, config)
+    assert_scaled_mm(out, *on_device, device_bias)
+
+
+@pytest.mark.parametrize("names", [("int8", "int8"), *([("fp8_e4m3", "fp8_e4m3")] if FP8 else [])])
+@pytest.mark.parametrize("index", range(len(tune.scaled_mm_candidates(CAPABILITY))))
+def test_scaled_mm_every_configuration(index, names):
+    config = tune.scaled_mm_candidates(CAPABILITY)[index]
+    run_mm(512, 768, 1024, names, config=config)
+    run_mm(301, 203, 208, names, torch.bfloat16, config=config)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16), (3, 17, 48), (129, 300, 592), (0, 5, 16), (5, 7, 0)])
+def test_scaled_mm_shapes(shape):
+    run_mm(*shape, ("int8", "int8"), torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("bias_dtype", [None, *DTYPES])
+def test_scaled_mm_dtypes(out_dtype, bias_dtype):
+    run_mm(128, 64, 256, ("int8", "int8"), bias_dtype, out_dtype, per_tensor=(1,))
+
+
+@pytest.mark.skipif(not FP8, reason="needs fp8 matrix instructions")
+@pytest.mark.parametrize("names", [("fp8_e5m2", "fp8_e4m3"), ("fp8_e4m3", "fp8_e5m2")])
+def test_scaled_mm_mixed_fp8(names):
+    run_mm(256, 128, 512, names, per_tensor=(0, 1))
+
+
+def test_scaled_mm_long_contractions():
+    """All-maximal int8 codes overflow an int32 accumulator without the split."""
+    C = (1 << 17) + 8192
+    a = torch.full((16, C), 127, dtype=torch.int8, device="cuda")
+    one = torch.ones(16, device="cuda")
+    out = launch.scaled_mm(a, a, one, one, None, torch.float32, CAPABILITY)
+    assert torch.allclose(out, torch.full_like(out, 127.0 * 127.0 * C), rtol=2**-22)
+    if FP8:
+        run_mm(64, 64, 20000 // 16 * 16, ("fp8_e4m3", "fp8_e4m3"), out_dtype=torch.float32)
+
+
+def test_nan_scale_makes_its_outputs_nan():
+    a = torch.ones(32, 64, dtype=torch.int8, device="cuda")
+    scale = torch.ones(32, device="cuda")
+    poisoned = scale.clone()
+    poisoned[5] = float("nan")
+    out = ops.scaled_mm(a, a, poisoned, scale, None, torch.bfloat16)
+    assert out[5].isnan().all()
+    assert int(out.isnan().sum()) == 32
+
+
+def every_operator(x: torch.Tensor) -> list[torch.Tensor]:
+    text = MAIN[0]
+    rows, row_scale = ops.quantize_rows(x, text)
+    columns, column_scale = ops.quantize_columns(x, text)
+    both = ops.quantize_both(x, text, "int8/per_tensor")
+    y = ops.scaled_mm(rows, rows, row_scale, row_scale, None, torch.bfloat16)
+    z = ops.scaled_mm(columns, columns, column_scale, column_scale, None, torch.bfloat16)
+    return [rows, row_scale, columns, column_scale, *both, y, z]
+
+
+def test_no_host_sync():
+    launch.prepare("cuda")
+    x = integers(256, 384, torch.bfloat16).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        every_operator(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graph_replays_on_new_input():
+    launch.prepare("cuda")
+    x = integers(256, 384, torch.bfloat16).cuda()
+    every_operator(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = every_operator(x)
+    for seed in (1, 2):
+        x.copy_(integers(256, 384, torch.bfloat16, seed))
+        graph.replay()
+        for got, expected in zip(captured, every_operator(x.clone()), strict=True):
+            assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_concurrent_streams():
+    inputs = [integers(512, 512, torch.bfloat16, seed).cuda() for seed in range(4)]
+    expected = [every_operator(x) for x in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for _ in range(3):
+        got = []
+        for x, stream in zip(inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(every_operator(x))
+        torch.cuda.synchronize()
+        for one, other in zip(got, expected, strict=True):
+            for tensor, wanted in zip(one, other, strict=True):
+                assert torch.equal(tensor.view(torch.uint8), wanted.view(torch.uint8))

@@ -1,0 +1,119 @@
+"""Emitted kernels in Triton's interpreter against their references: no GPU needed.
+
+The interpreter must be chosen before triton is imported, so one ordinary test runs this file again
+in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_checks import assert_scaled_mm, check_quantizers, integers, normals, random_codes
+
+from hadagraph.codegen import launch, tune
+from hadagraph.formats import Encoding
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs under TRITON_INTERPRET=1")
+SM90 = (9, 0)
+LAYOUTS = ("rows", "columns", "both")
+ROTATED, PLAIN = "int8/per_kept_index/h128", "int8/per_kept_index"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+def test_interpreter_process():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def check(x: torch.Tensor, text: str, layouts: str, config: object = None, **bounds: object):
+    check_quantizers(x, Encoding.parse(text), layouts, "cpu", SM90, config, **bounds)
+
+
+@interpreter
+@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("text", [ROTATED, PLAIN, "int8/per_tensor/h32", "int8/per_tensor"])
+def test_dtypes(text, dtype, layouts):
+    check(integers(130, 290, dtype), text, layouts, exact=True)
+    check(normals(140, 150, dtype), text, layouts, exact=False)
+
+
+@interpreter
+@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
+def test_fp8(name, layouts):
+    """The interpreter's conversion to fp8 loses the carry into the exponent when it rounds up to a
+    power of two (a whole binade: 8 or 4 steps), as a few codes in a hundred do."""
+    x = normals(33, 70, torch.bfloat16)
+    check(x, f"{name}/per_kept_index/h16", layouts, exact=False, steps=8, fraction=0.1)
+
+
+@interpreter
+@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize("T", [0, 1, 3, 17, 129])
+@pytest.mark.parametrize("K", [1, 31])
+def test_odd_shapes(T, K, layouts):
+    check(integers(T, K, torch.bfloat16), ROTATED, layouts, exact=True)
+
+
+@interpreter
+@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize("text", [ROTATED, PLAIN])
+def test_special_values(text, layouts):
+    x = integers(40, 144, torch.bfloat16)
+    x[3, 7], x[30, 100], x[5] = float("nan"), float("inf"), 0
+    check(x, text, layouts, exact=True)
+    y = torch.zeros(32, 32, dtype=torch.bfloat16)
+    # no subnormals: the interpreter's bf16 loads flush them
+    y[1], y[2], y[3, 5] = 2.0**-120, 2.0**110, 2.0**-125
+    check(y, text, layouts, exact=True)
+
+
+@interpreter
+@pytest.mark.parametrize("layouts", LAYOUTS)
+def test_strides_and_signs(layouts):
+    base = integers(60, 80, torch.bfloat16)
+    for x in (base.t(), base.t().contiguous().t()):
+        check(x, "int8/per_kept_index/h16:fixed(3)", layouts, exact=True)
+
+
+@interpreter
+@pytest.mark.parametrize("text", [ROTATED, PLAIN])
+def test_rows_read_twice(text):
+    check(integers(2, 20000, torch.bfloat16), text, "rows", exact=True)
+
+
+@interpreter
+@pytest.mark.parametrize("index", range(len(tune.rows_candidates(SM90))))
+def test_rows_configurations(index):
+    config = tune.rows_candidates(SM90)[index]
+    check(integers(35, 300, torch.bfloat16), ROTATED, "rows", config, exact=True)
+
+
+@interpreter
+@pytest.mark.parametrize("index", range(len(tune.tiles_candidates(SM90))))
+def test_tiles_configurations(index):
+    config = tune.tiles_candidates(SM90)[index]
+    check(integers(150, 130, torch.bfloat16), ROTATED, "both", config, exact=True)
+
+
+@interpreter
+@pytest.mark.parametrize("capability", [SM90, (8, 9)])
+@pytest.mark.parametrize("names", [("int8", "int8"), ("fp8_e4m3", "fp8_e5m2")])
+@pytest.mark.parametrize("bias_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(70, 33, 144), (1, 1, 16), (0, 4, 16), (5, 6, 0)])
+def test_scaled_mm(shape, bias_dtype, names, capability):
+    M, N, C = shape
+    a, b = random_codes((M, C), names[0], 0), random_codes((N, C), names[1], 1)
+    a_scale, b_scale = torch.rand(M) + 0.5, torch.rand(1) + 0.5
+    bias = None if bias_dtype is None else torch.randn(N).to(bias_dtype)
+    out = launch.scaled_mm(a, b, a_scale, b_scale, bias, torch.float32, capability)
+    assert_scaled_mm(out, a, b, a_scale, b_scale, bias)
