@@ -33,6 +33,9 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 # -P keeps the checkout's own ./hadagraph from hiding the installed package.
 PYTEST := $(PY) -P -m pytest
 
+# OpenMP threads that spin while they wait slow each other down tenfold on a shared machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format types test-fast test-slow test-torch-min clean distclean
 

@@ -1,5 +1,6 @@
 """Times the emitted kernels beside their baselines: quantizers against the measured copy bandwidth,
-GEMMs against cuBLAS bf16, torch._scaled_mm and torch._int_mm; `--tune` races the configurations.
+GEMMs against cuBLAS bf16, torch._scaled_mm and torch._int_mm; what an operator call costs the host;
+`--tune` races the configurations.
 
     python bench/kernels.py --out bench/results/kernels.json [--quick] [--tune]
 """
@@ -11,16 +12,16 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from rich.console import Console
-from rich.table import Table
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
+from hadagraph import ops
 from hadagraph.codegen import launch, tune
 from hadagraph.codegen.choose import select_quantize
 from hadagraph.formats import Encoding
@@ -42,6 +43,10 @@ GEMM_SHAPES = (
     (4096, 14336, 8192),
     (14336, 4096, 8192),
 )
+SMALL_T, SMALL_K = 4096, (576, 1536)  # SmolLM-135M at 4096 tokens
+SMALL_GEMMS = ((4096, 576, 576), (4096, 1536, 576), (4096, 576, 1536), (576, 1536, 4096))
+TUNED_GEMMS = (*GEMM_SHAPES[:3], (1024, 4096, 4096), (256, 4096, 4096), *SMALL_GEMMS)
+HOST_CALLS = 1000
 L2_BYTES = 1 << 27  # buffer sets are rotated until they exceed this
 Row = dict[str, Any]
 
@@ -76,12 +81,65 @@ def copy_bandwidth(repeats: int) -> float:
     return 2 * (1 << 29) / (median_ms(calls, repeats) * 1e-3)
 
 
+def short(config: object) -> str:
+    """A configuration as a few words: `128x128x128 4w 3s tma`."""
+    if isinstance(config, tune.MmConfig):
+        tile = f"{config.block_m}x{config.block_n}x{config.block_c}"
+        group = "" if config.group == 8 else f" g{config.group}"
+        how = "tma" if config.descriptors else "ptr"
+        return f"{tile} {config.warps}w {config.stages}s {how}{group}"
+    if isinstance(config, tune.RowsConfig):
+        persistent = f" persistent {config.programs_per_sm}" if config.persistent else ""
+        order = "" if config.fragment_order else " unordered"
+        return f"{config.tile} {config.warps}w {config.stages}s{persistent}{order}"
+    if isinstance(config, tune.TilesConfig):
+        order = "" if config.fragment_order else " unordered"
+        return f"{short(config.amax)} / {short(config.write)}{order}"
+    if isinstance(config, tune.PassConfig):
+        registers = f" {config.maxnreg}r" if config.maxnreg else ""
+        how = " tma" if config.descriptors else ""
+        return f"x{config.tiles} {config.warps}w {config.stages}s{how}{registers}"
+    return "table"
+
+
+def host_microseconds() -> list[Row]:
+    """Host time of one operator call on a tiny problem, the mean of HOST_CALLS asynchronous ones;
+    torch.mm beside them."""
+    x = torch.randn(256, 256, dtype=torch.bfloat16, device="cuda")
+    text = ENCODINGS["int8_rotated"]
+    codes, scale = ops.quantize_rows(x, text)
+    calls = {
+        "torch.mm": lambda: torch.mm(x, x),
+        "quantize_rows": lambda: ops.quantize_rows(x, text),
+        "quantize_columns": lambda: ops.quantize_columns(x, text),
+        "quantize_both": lambda: ops.quantize_both(x, text, text),
+        "scaled_mm": lambda: ops.scaled_mm(codes, codes, scale, scale, None, torch.bfloat16),
+    }
+    results = []
+    for name, call in calls.items():
+        for _ in range(10):
+            call()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            call()
+        spent = time.perf_counter() - began
+        torch.cuda.synchronize()
+        results.append({"operator": name, "host_us": spent / HOST_CALLS * 1e6})
+    return results
+
+
 def time_quantizer(
-    K: int, text: str, layouts: str, bandwidth: float, repeats: int, config: object = None
+    K: int,
+    text: str,
+    layouts: str,
+    bandwidth: float,
+    repeats: int,
+    config: object = None,
+    T: int = QUANTIZER_T,
 ) -> Row:
-    """One quantizer on [QUANTIZER_T, K] bf16, with its shares of copy bandwidth on the minimal
+    """One quantizer on [T, K] bf16, with its shares of copy bandwidth on the minimal
     bytes (one read, one write a layout) and on the bytes that its scheme moves."""
-    T = QUANTIZER_T
     encoding = Encoding.parse(text)
     rows = encoding if layouts != "columns" else None
     columns = encoding if layouts != "rows" else None
@@ -107,7 +165,7 @@ def time_quantizer(
         "scheme_bytes": scheme,
         "of_copy_minimal": minimal / (ms * 1e-3) / bandwidth,
         "of_copy_scheme": scheme / (ms * 1e-3) / bandwidth,
-        "config": str(config or "table"),
+        "config": short(config),
     }
 
 
@@ -176,55 +234,64 @@ def gemm_rows(shapes: tuple[tuple[int, int, int], ...], repeats: int) -> list[Ro
 
 
 def tune_rows(bandwidth: float, repeats: int) -> list[Row]:
-    """Every candidate of every table on the shapes above, failures recorded with their message."""
+    """Every candidate of every table, failures recorded with their message."""
     capability = torch.cuda.get_device_capability()
     results: list[Row] = []
-    for K in QUANTIZER_K:
-        for layouts in LAYOUTS:
-            whole = layouts == "rows"
-            candidates = tune.rows_candidates if whole else tune.tiles_candidates
-            texts = ("int8_rotated", "fp8_rowwise")
-            for text in texts:
-                for config in candidates(capability):
-                    encoding = ENCODINGS[text]
-                    try:
-                        row = time_quantizer(K, encoding, layouts, bandwidth, repeats, config)
-                    except LAUNCH_ERRORS as error:
-                        row = {"K": K, "encoding": encoding, "error": str(error)[:200]}
-                    results.append(row | {"config": str(config)})
-    for M, N, C in (*GEMM_SHAPES, (1024, 4096, 4096), (256, 4096, 4096)):
-        for dtype in (torch.int8, torch.float8_e4m3fn):
-            a, b = gemm_operands(M, N, C, dtype)
-            scales = torch.rand(M, device="cuda"), torch.rand(N, device="cuda")
-            for config in tune.scaled_mm_candidates(capability):
-                row = {"M": M, "N": N, "C": C, "dtype": str(dtype), "config": str(config)}
-                try:
-                    call = [
-                        lambda a=a, b=b, s=scales, c=config: launch.scaled_mm(
-                            a, b, *s, None, torch.bfloat16, capability, c
-                        )
-                    ]
-                    ms = median_ms(call * 2, repeats)
-                    row |= {"ms": ms, "tflops": 2e-9 * M * N * C / ms}
-                except LAUNCH_ERRORS as error:
-                    row["error"] = str(error)[:200]
-                results.append(row)
+    sizes = [(QUANTIZER_T, K) for K in QUANTIZER_K[1:]] + [(SMALL_T, SMALL_K[0])]
+    for (T, K), layouts, name in product(sizes, LAYOUTS, ("int8_rotated", "fp8_rowwise")):
+        by_rows = layouts == "rows"
+        candidates = tune.rows_candidates if by_rows else tune.tiles_candidates
+        for config in candidates(capability):
+            results.append(tried_quantizer(T, K, name, layouts, bandwidth, repeats, config))
+    for (M, N, C), dtype in product(TUNED_GEMMS, (torch.int8, torch.float8_e4m3fn)):
+        a, b = gemm_operands(M, N, C, dtype)
+        scales = torch.rand(M, device="cuda"), torch.rand(N, device="cuda")
+        for config in tune.scaled_mm_candidates(capability):
+            row: Row = {"M": M, "N": N, "C": C, "dtype": str(dtype)[6:], "config": short(config)}
+            try:
+                call = [
+                    lambda a=a, b=b, s=scales, c=config: launch.scaled_mm(
+                        a, b, *s, None, torch.bfloat16, capability, c
+                    )
+                ]
+                ms = median_ms(call * 2, repeats)
+                row |= {"ms": ms, "tflops": 2e-9 * M * N * C / ms}
+            except LAUNCH_ERRORS as error:
+                row["error"] = str(error)[:200]
+            results.append(row)
     return results
 
 
+def tried_quantizer(
+    T: int, K: int, name: str, layouts: str, bandwidth: float, repeats: int, config: object
+) -> Row:
+    try:
+        return time_quantizer(K, ENCODINGS[name], layouts, bandwidth, repeats, config, T)
+    except LAUNCH_ERRORS as error:
+        row = {"T": T, "K": K, "encoding": ENCODINGS[name], "layouts": layouts}
+        return row | {"config": short(config), "error": str(error)[:200]}
+
+
 def show(title: str, rows: list[Row], columns: tuple[str, ...]) -> None:
-    table = Table(*columns, title=title)
-    for row in rows:
-        cells = [row.get(column, "") for column in columns]
-        table.add_row(*[f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells])
-    Console(width=170).print(table)
+    """A compact table: one line a row."""
+    cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    print(f"\n{title}")
+    for line in (columns, *cells):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 100 else f"{value:.4f}" if value < 1 else f"{value:.2f}"
+    return str(value)
 
 
 def winners(rows: list[Row]) -> list[Row]:
     """The fastest configuration of each group of candidates."""
     best: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        key = tuple(row.get(k) for k in ("layouts", "encoding", "K", "M", "N", "C", "dtype"))
+        key = tuple(row.get(k) for k in ("layouts", "encoding", "T", "K", "M", "N", "C", "dtype"))
         if "ms" in row and (key not in best or row["ms"] < best[key]["ms"]):
             best[key] = row
     return list(best.values())
@@ -249,7 +316,14 @@ def main() -> None:
         for layouts in LAYOUTS
         for K in widths
     ]
-    gemms = gemm_rows(GEMM_SHAPES[: 2 if options.quick else None], repeats)
+    quantizers += [
+        time_quantizer(K, text, layouts, bandwidth, repeats, T=SMALL_T)
+        for text in list(ENCODINGS.values())[:2]
+        for layouts in LAYOUTS
+        for K in SMALL_K
+    ]
+    gemms = gemm_rows((*GEMM_SHAPES[: 2 if options.quick else None], *SMALL_GEMMS), repeats)
+    host = host_microseconds()
     record: Row = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -258,20 +332,29 @@ def main() -> None:
         "copy_bytes_per_s": bandwidth,
         "quantizers": quantizers,
         "gemms": gemms,
+        "host": host,
     }
     shares = ("of_copy_minimal", "of_copy_scheme")
-    show("quantizers", quantizers, ("encoding", "layouts", "K", "ms", *shares))
+    show("quantizers", quantizers, ("encoding", "layouts", "T", "K", "ms", *shares))
     show("GEMM", gemms, ("M", "N", "C", "kernel", "ms", "tflops"))
+    show("host time of an operator call", host, ("operator", "host_us"))
     if options.tune:
         record["tune"] = tune_rows(bandwidth, 5)
-        shape = ("layouts", "encoding", "dtype", "K", "M", "N", "C")
-        columns = (*shape, "ms", "tflops", *shares, "config")
-        show("winners", winners(record["tune"]), columns)
+        best = winners(record["tune"])
+        quantizer_best = [row for row in best if "layouts" in row]
+        gemm_best = [row for row in best if "dtype" in row]
+        columns = ("encoding", "layouts", "T", "K", "ms", "of_copy_scheme", "config")
+        show("fastest quantizers", quantizer_best, columns)
+        show("fastest GEMMs", gemm_best, ("dtype", "M", "N", "C", "ms", "tflops", "config"))
+        failed = [row for row in record["tune"] if "error" in row]
+        show("failed", failed, ("encoding", "layouts", "dtype", "K", "M", "config", "error"))
     record["seconds"] = time.time() - began
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"copy {bandwidth / 1e12:.2f} TB/s, {record['seconds']:.0f} s")
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    print(f"{record['device']}, {versions}, copy {bandwidth / 1e12:.2f} TB/s, ", end="")
+    print(f"{record['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

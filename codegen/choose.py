@@ -25,6 +25,7 @@ from hadagraph.codegen.tune import (
     rows_configuration,
     scaled_mm_configuration,
     tiles_configuration,
+    tma,
 )
 from hadagraph.formats import FORMATS, PER_TENSOR, Encoding
 from hadagraph.reference import INT32_CONTRACTION
@@ -35,6 +36,7 @@ FORMAT_NAMES = {row.dtype: row.name for row in FORMATS.values() if row.bits == 8
 # Hopper's tensor cores keep about 14 bits of an fp8 accumulator. Over this many products the error
 # stays far below that of the codes themselves (2^-4 each), so parts of it are promoted to fp32.
 FP8_CONTRACTION = 1 << 13
+DESCRIPTOR_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -60,39 +62,67 @@ def select_quantize(
     columns: Encoding | None,
     capability: Capability,
     config: RowsConfig | TilesConfig | None = None,
+    *,
+    addressable: bool = True,
 ) -> QuantizePlan:
-    """The plan for codes of the rows and/or the columns of x [T, K]; `config` overrides the
-    table's."""
+    """The plan for codes of the rows and/or the columns of x [T, K]; `addressable`: x lies as
+    tensor descriptors need it (`tma_addressable`). `config` overrides the table's."""
+    rotated = any(side is not None and side.rotation is not None for side in (rows, columns))
     if rows is not None and columns is None and rows.granularity != PER_TENSOR:
-        rows_config = config if isinstance(config, RowsConfig) else rows_configuration(capability)
+        table_rows = rows_configuration(K, rotated, capability)
+        rows_config = config if isinstance(config, RowsConfig) else table_rows
         spec = _rows_spec(T, K, dtype, rows, capability, rows_config)
         return QuantizePlan(spec, None, None, rows_config.programs_per_sm)
-    tiles_config = config if isinstance(config, TilesConfig) else tiles_configuration(capability)
-    row_side = Side.of(rows) if rows else None
-    column_side = Side.of(columns) if columns else None
-    shape_flags = {
-        "mask_rows": T % (WIDTH * tiles_config.tiles) != 0,
-        "mask_columns": K % WIDTH != 0,
-    }
+    both = rows is not None and columns is not None
+    table = tiles_configuration(T, K, rotated, both, addressable, capability)
+    tiles_config = config if isinstance(config, TilesConfig) else table
+    return _tiles_plan(T, K, dtype, rows, columns, capability, tiles_config, addressable)
+
+
+def tma_addressable(stride: int, K: int, dtype: torch.dtype, aligned: bool) -> bool:
+    """Whether tensor descriptors can read x [T, K] with unit stride along K: elements of 16 bits,
+    rows `stride` elements apart that don't overlap, whole 16 bytes apart, from an `aligned` start
+    (a multiple of 16 bytes)."""
+    apart = stride >= K and stride * dtype.itemsize % DESCRIPTOR_ALIGNMENT == 0
+    return aligned and dtype.itemsize == 2 and apart
+
+
+def _tiles_plan(
+    T: int,
+    K: int,
+    dtype: torch.dtype,
+    rows: Encoding | None,
+    columns: Encoding | None,
+    capability: Capability,
+    config: TilesConfig,
+    addressable: bool,
+) -> QuantizePlan:
+    sides = (Side.of(rows) if rows else None, Side.of(columns) if columns else None)
+    one_matrix = bool(rows and columns and rows.rotation and rows.rotation == columns.rotation)
     amax = AmaxSpec(
         DTYPE_NAMES[dtype],
-        AmaxSide.of(row_side),
-        AmaxSide.of(column_side),
-        tiles_config.tiles,
-        **shape_flags,
-        warps=tiles_config.warps,
-        stages=tiles_config.stages,
+        AmaxSide.of(sides[0]),
+        AmaxSide.of(sides[1]),
+        one_matrix,
+        config.amax.tiles,
+        mask_rows=T % (WIDTH * config.amax.tiles) != 0,
+        mask_columns=K % WIDTH != 0,
+        warps=config.amax.warps,
+        stages=config.amax.stages,
         capability=capability,
     )
     write = QuantizeTilesSpec(
         DTYPE_NAMES[dtype],
-        row_side,
-        column_side,
-        tiles_config.tiles,
-        tiles_config.fragment_order,
-        **shape_flags,
-        warps=tiles_config.warps,
-        stages=tiles_config.stages,
+        *sides,
+        one_matrix,
+        config.write.tiles,
+        config.write.descriptors and addressable and tma(capability),
+        config.write.maxnreg,
+        config.fragment_order,
+        mask_rows=T % (WIDTH * config.write.tiles) != 0,
+        mask_columns=K % WIDTH != 0,
+        warps=config.write.warps,
+        stages=config.write.stages,
         capability=capability,
     )
     return QuantizePlan(None, amax, write)
@@ -138,8 +168,9 @@ def select_scaled_mm(
     config: MmConfig | None = None,
 ) -> ScaledMmSpec:
     """The kernel for a [M, C] times b [N, C]^T; `config` overrides the table's."""
-    config = config or scaled_mm_configuration(M, N, capability)
-    longest = INT32_CONTRACTION if FORMATS[a_format].is_integer else FP8_CONTRACTION
+    integer = FORMATS[a_format].is_integer
+    config = config or scaled_mm_configuration(M, N, integer, capability)
+    longest = INT32_CONTRACTION if integer else FP8_CONTRACTION
     return ScaledMmSpec(
         a_format,
         b_format,

@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from hadagraph.codegen.emit_matmul import scaled_mm_body
-from hadagraph.codegen.emit_quantizers import amax_body, quantize_rows_body, quantize_tiles_body
+from hadagraph.codegen.emit_quantizers import (
+    amax_body,
+    matrix_names,
+    quantize_rows_body,
+    quantize_tiles_body,
+)
 from hadagraph.codegen.primitives import SIGNATURE_DTYPES, Lines, indent
 from hadagraph.codegen.spec import (
+    WIDTH,
     AmaxSpec,
     Capability,
     KernelSpec,
@@ -37,6 +43,8 @@ def emit(spec: KernelSpec) -> str:
         "num_stages": spec.stages,
         "enable_fp_fusion": False,
     }
+    if isinstance(spec, QuantizeTilesSpec) and spec.maxnreg is not None:
+        options["maxnreg"] = spec.maxnreg
     lines = [
         f'"""{spec.name}: {kernel.summary}"""',
         "",
@@ -97,11 +105,8 @@ def _quantize_rows(spec: QuantizeRowsSpec) -> Kernel:
 
 
 def _amax(spec: AmaxSpec) -> Kernel:
-    arguments = [("x_ptr", _pointer(spec.input_dtype))]
+    arguments = [("x_ptr", _pointer(spec.input_dtype)), *_matrices(spec)]
     sides = [("row", spec.rows), ("column", spec.columns)]
-    for name, side in sides:
-        if side is not None and side.rotated:
-            arguments.append((f"{name}_matrix_ptr", _pointer(_matrix_dtype(spec.input_dtype))))
     arguments += [(f"{name}_amax_ptr", "*i32") for name, side in sides if side is not None]
     arguments += [("T", "i32"), ("K", "i32"), ("x_stride", "i32")]
     summary = "maximum magnitudes of x [T, K], as fp32 bits, into buffers that start at 0."
@@ -109,23 +114,33 @@ def _amax(spec: AmaxSpec) -> Kernel:
 
 
 def _quantize_tiles(spec: QuantizeTilesSpec) -> Kernel:
-    arguments = [("x_ptr", _pointer(spec.input_dtype))]
+    arguments = [_tile_argument("x", spec.input_dtype, spec), *_matrices(spec)]
     sides = [("row", spec.rows), ("column", spec.columns)]
-    for name, side in sides:
-        if side is not None and side.block is not None:
-            arguments.append((f"{name}_matrix_ptr", _pointer(_matrix_dtype(spec.input_dtype))))
     for name, side in sides:
         if side is not None:
             arguments += [
                 (f"{name}_amax_ptr", "*i32"),
-                (f"{name}_codes_ptr", _pointer(side.format)),
+                _tile_argument(f"{name}_codes", side.format, spec),
                 (f"{name}_scale_ptr", "*fp32"),
             ]
-    arguments += [("T", "i32"), ("K", "i32"), ("x_stride", "i32")]
-    arguments += [(f"{name}_codes_stride", "i32") for name, side in sides if side is not None]
+    arguments += [("T", "i32"), ("K", "i32")]
+    if not spec.descriptors:
+        arguments += [("x_stride", "i32")]
+        arguments += [(f"{name}_codes_stride", "i32") for name, side in sides if side is not None]
     layouts = [name for name, side in (("[T, K]", spec.rows), ("[K, T]", spec.columns)) if side]
     summary = f"x [T, K] to codes {' and '.join(layouts)} (last dim padded), from known maxima."
     return Kernel(summary, tuple(arguments), quantize_tiles_body(spec))
+
+
+def _matrices(spec: AmaxSpec | QuantizeTilesSpec) -> list[tuple[str, str]]:
+    kind = _pointer(_matrix_dtype(spec.input_dtype))
+    return [(f"{name}_ptr", kind) for name in dict.fromkeys(matrix_names(spec).values())]
+
+
+def _tile_argument(name: str, dtype: str, spec: QuantizeTilesSpec) -> tuple[str, str]:
+    if not spec.descriptors:
+        return f"{name}_ptr", _pointer(dtype)
+    return f"{name}_descriptor", f"tensordesc<{SIGNATURE_DTYPES[dtype]}[{WIDTH}, {WIDTH}]>"
 
 
 def _scaled_mm(spec: ScaledMmSpec) -> Kernel:

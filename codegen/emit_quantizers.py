@@ -16,7 +16,14 @@ from hadagraph.codegen.primitives import (
     scales,
     store,
 )
-from hadagraph.codegen.spec import WIDTH, AmaxSpec, QuantizeRowsSpec, QuantizeTilesSpec, Side
+from hadagraph.codegen.spec import (
+    WIDTH,
+    AmaxSide,
+    AmaxSpec,
+    QuantizeRowsSpec,
+    QuantizeTilesSpec,
+    Side,
+)
 
 
 def quantize_rows_body(spec: QuantizeRowsSpec) -> Lines:
@@ -114,45 +121,67 @@ def _streamed_tile(spec: QuantizeRowsSpec) -> Lines:
     ]
 
 
+def matrix_names(spec: AmaxSpec | QuantizeTilesSpec) -> dict[str, str]:
+    """Rotated side ("row", "column") -> its matrix's name in the kernel."""
+    sides = {"row": spec.rows, "column": spec.columns}
+    names = {}
+    for name, side in sides.items():
+        rotated = side.rotated if isinstance(side, AmaxSide) else side is not None and side.block
+        if rotated:
+            names[name] = "matrix" if spec.one_matrix else f"{name}_matrix"
+    return names
+
+
+def _load_matrices(spec: AmaxSpec | QuantizeTilesSpec) -> Lines:
+    names = dict.fromkeys(matrix_names(spec).values())
+    return [line for name in names for line in load_matrix(f"{name}_ptr", name)]
+
+
 def _stripe(spec: AmaxSpec | QuantizeTilesSpec, before: Lines, tile: Lines) -> Lines:
     """A program's walk over `tiles` tiles down a stripe of WIDTH columns; loads x."""
-    mask = conjunction(
-        "t[:, None] < T" if spec.mask_rows else None,
-        "k[None, :] < K" if spec.mask_columns else None,
-    )
-    body = [
-        "x_ptrs = x_ptr + t.to(tl.int64)[:, None] * x_stride + k[None, :]",
-        f"x = {load('x_ptrs', mask)}  # [{WIDTH} t, {WIDTH} k]",
-        *tile,
-    ]
-    k = f"k = tl.program_id(0) * {WIDTH} + tl.arange(0, {WIDTH})"
+    tile_t = "tl.program_id(1)"
+    if spec.tiles > 1:
+        tile_t = f"(tl.program_id(1) * {spec.tiles} + step)"
+    if isinstance(spec, QuantizeTilesSpec) and spec.descriptors:
+        body = [
+            f"t_start = {tile_t} * {WIDTH}",
+            f"t = t_start + tl.arange(0, {WIDTH})",
+            f"x = x_descriptor.load([t_start, k_start])  # [{WIDTH} t, {WIDTH} k]",
+        ]
+        k = [f"k_start = tl.program_id(0) * {WIDTH}", f"k = k_start + tl.arange(0, {WIDTH})"]
+    else:
+        mask = conjunction(
+            "t[:, None] < T" if spec.mask_rows else None,
+            "k[None, :] < K" if spec.mask_columns else None,
+        )
+        body = [
+            f"t = {tile_t} * {WIDTH} + tl.arange(0, {WIDTH})",
+            "x_ptrs = x_ptr + t.to(tl.int64)[:, None] * x_stride + k[None, :]",
+            f"x = {load('x_ptrs', mask)}  # [{WIDTH} t, {WIDTH} k]",
+        ]
+        k = [f"k = tl.program_id(0) * {WIDTH} + tl.arange(0, {WIDTH})"]
     if spec.tiles == 1:
-        t = f"t = tl.program_id(1) * {WIDTH} + tl.arange(0, {WIDTH})"
-        return [k, *before, t, *body]
-    return [
-        k,
-        *before,
-        f"for step in tl.range(0, {spec.tiles}, num_stages={spec.stages}):",
-        f"    t = (tl.program_id(1) * {spec.tiles} + step) * {WIDTH} + tl.arange(0, {WIDTH})",
-        *indent(body),
-    ]
+        return [*k, *before, *body, *tile]
+    walk = f"for step in tl.range(0, {spec.tiles}, num_stages={spec.stages}):"
+    return [*k, *before, walk, *indent(body), *indent(tile)]
 
 
-def _turned(spec: AmaxSpec | QuantizeTilesSpec, side: str, rotated: bool, y: str) -> Lines:
+def _turned(spec: AmaxSpec | QuantizeTilesSpec, side: str, y: str) -> Lines:
     """y: x as the side sees it, contracted dim last, rotated along it."""
     x = "x" if side == "row" else "tl.trans(x)"
     shape = f"[{WIDTH} t, {WIDTH} k]" if side == "row" else f"[{WIDTH} k, {WIDTH} t]"
-    if not rotated:
+    matrix = matrix_names(spec).get(side)
+    if matrix is None:
         return [f"{y} = {x}.to(tl.float32)  # {shape}"]
     if side == "column" and spec.input_dtype == "fp32":
         turn = [f"x_turned = {x}"]
-        return turn + rotate("x_turned", "column_matrix", y, "fp32", shape)
-    return rotate(x, f"{side}_matrix", y, spec.input_dtype, shape)
+        return turn + rotate("x_turned", matrix, y, "fp32", shape)
+    return rotate(x, matrix, y, spec.input_dtype, shape)
 
 
 def amax_body(spec: AmaxSpec) -> Lines:
     """The body of `AmaxSpec`'s kernel."""
-    before: Lines = []
+    before = _load_matrices(spec)
     tile: Lines = []
     after: Lines = []
     t_mask = "t < T" if spec.mask_rows else ""
@@ -160,10 +189,8 @@ def amax_body(spec: AmaxSpec) -> Lines:
     for name, side in (("row", spec.rows), ("column", spec.columns)):
         if side is None:
             continue
-        if side.rotated:
-            before += load_matrix(f"{name}_matrix_ptr", f"{name}_matrix")
         y, bits = f"{name}_y", f"{name}_bits"
-        tile += _turned(spec, name, side.rotated, y)
+        tile += _turned(spec, name, y)
         tile += magnitudes(y, f"{name}_magnitude")
         tile_max = f"tl.max({name}_magnitude, axis=1)"
         if name == "row" and not side.per_tensor:
@@ -186,19 +213,17 @@ def _atomic_max(pointer: str, value: str, mask: str) -> str:
 
 def quantize_tiles_body(spec: QuantizeTilesSpec) -> Lines:
     """The body of `QuantizeTilesSpec`'s kernel."""
-    before: Lines = []
+    before = _load_matrices(spec)
     tile: Lines = []
     for name, side in (("row", spec.rows), ("column", spec.columns)):
         if side is None:
             continue
-        if side.block is not None:
-            before += load_matrix(f"{name}_matrix_ptr", f"{name}_matrix")
         scale = _side_scales(spec, name, side)
         if side.per_tensor or name == "column":
             before += scale
         else:
             tile += scale
-        tile += _turned(spec, name, side.block is not None, f"{name}_y")
+        tile += _turned(spec, name, f"{name}_y")
         tile += _write_side(spec, name, side)
     return _stripe(spec, before, tile)
 
@@ -238,6 +263,9 @@ def _write_side(spec: QuantizeTilesSpec, name: str, side: Side) -> Lines:
     lines = round_codes(f"{name}_y", codes, inverse, finite, side.format)
     if spec.fragment_order and side.block is not None:
         lines += reorder_fragments(codes, str(WIDTH))
+    if spec.descriptors:
+        where = f"[{kept}_start, {contracted}_start]"
+        return [*lines, f"{name}_codes_descriptor.store({where}, {codes})"]
     row = f"{name}_codes_ptr + {kept}.to(tl.int64)[:, None] * {name}_codes_stride"
     return [
         *lines,

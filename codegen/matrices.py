@@ -20,7 +20,8 @@ def fragment_order() -> torch.Tensor:
     """
     column = torch.arange(WIDTH)
     j, q, e = column // 8, column // 2 % 4, column % 2
-    return 32 * q + 2 * j + e
+    order: torch.Tensor = 32 * q + 2 * j + e
+    return order
 
 
 def rotation_matrix(rotation: Rotation, reorder: bool) -> torch.Tensor:

@@ -114,12 +114,14 @@ class AmaxSide:
 class AmaxSpec:
     """Maximum magnitudes (as fp32 bits in int32) of rows and/or columns, or of the whole tensor.
 
-    A program walks `tiles` tiles of WIDTH x WIDTH down one stripe of columns.
+    A program walks `tiles` tiles of WIDTH x WIDTH down one stripe of columns. `one_matrix`: both
+    sides are rotated by the same matrix, which then takes shared memory once.
     """
 
     input_dtype: str
     rows: AmaxSide | None
     columns: AmaxSide | None
+    one_matrix: bool
     tiles: int
     mask_rows: bool
     mask_columns: bool
@@ -144,12 +146,20 @@ class AmaxSpec:
 
 @dataclass(frozen=True)
 class QuantizeTilesSpec:
-    """Codes in row layout and/or transposed layout, from maxima that `AmaxSpec` left."""
+    """Codes in row layout and/or transposed layout, from maxima that `AmaxSpec` left.
+
+    `tiles` and `one_matrix`: as there. `descriptors`: x and the codes are moved through host-made
+    tensor descriptors (TMA), which read zeros and write nothing outside, and free the registers
+    that pointers take. `maxnreg`: registers a thread, at most.
+    """
 
     input_dtype: str
     rows: Side | None
     columns: Side | None
+    one_matrix: bool
     tiles: int
+    descriptors: bool
+    maxnreg: int | None
     fragment_order: bool
     mask_rows: bool
     mask_columns: bool

@@ -16,7 +16,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from hadagraph.codegen.emit import emit
 from hadagraph.codegen.spec import KernelSpec
 
-_EMITTED: dict[KernelSpec, str] = {}
+_EMITTED: dict[str, str] = {}
 
 
 def source_directory() -> Path:
@@ -24,11 +24,15 @@ def source_directory() -> Path:
     return Path(cache_dir()) / "hadagraph"
 
 
+def source_key(name: str, source: str) -> str:
+    """The kernel's name and a hash of its source: variants of one kernel share the name only."""
+    return f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:10]}"
+
+
 def write_source(source: str, name: str, directory: Path) -> Path:
     """The path of a file with that source; written under a temporary name and then renamed, so
     that no other process reads half a file."""
-    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
-    path = directory / f"{name}_{digest}.py"
+    path = directory / f"{source_key(name, source)}.py"
     if path.exists():
         return path
     directory.mkdir(parents=True, exist_ok=True)
@@ -52,10 +56,10 @@ def load_module(path: Path) -> ModuleType:
 def kernel_module(spec: KernelSpec) -> ModuleType:
     """The module of the spec's kernel: function `spec.name`, `OPTIONS` and `SIGNATURE`."""
     source = emit(spec)
-    _EMITTED[spec] = source
+    _EMITTED[source_key(spec.name, source)] = source
     return load_module(write_source(source, spec.name, source_directory()))
 
 
-def emitted_sources() -> dict[KernelSpec, str]:
-    """Spec -> source of every kernel that this process has used so far."""
+def emitted_sources() -> dict[str, str]:
+    """Name and hash -> source of every kernel that this process has used so far."""
     return dict(_EMITTED)

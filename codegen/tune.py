@@ -25,13 +25,24 @@ class RowsConfig:
 
 
 @dataclass(frozen=True)
-class TilesConfig:
-    """Amax and write passes over tiles: `tiles` of them down each program's stripe."""
+class PassConfig:
+    """One pass over tiles, `tiles` of them down each program's stripe. `descriptors`: tiles are
+    moved by TMA where the tensors allow. `maxnreg`: registers a thread, at most."""
 
     tiles: int
     warps: int
     stages: int
-    fragment_order: bool
+    descriptors: bool = False
+    maxnreg: int | None = None
+
+
+@dataclass(frozen=True)
+class TilesConfig:
+    """The amax pass and the write pass that follows it."""
+
+    amax: PassConfig
+    write: PassConfig
+    fragment_order: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,97 +68,140 @@ def _table_key(capability: Capability) -> str:
     return {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(capability[0], "fallback")
 
 
-ROWS: dict[str, tuple[RowsConfig, ...]] = {
-    "sm_80": (RowsConfig(128, 8, 2, False, True), RowsConfig(64, 4, 2, False, True)),
-    "sm_89": (RowsConfig(128, 8, 2, False, True), RowsConfig(64, 4, 2, False, True)),
-    "sm_90": (
-        RowsConfig(128, 8, 3, True, True, 2),
-        RowsConfig(128, 8, 3, True, False, 2),
-        RowsConfig(128, 8, 2, False, True),
-        RowsConfig(128, 8, 2, False, False),
-        RowsConfig(64, 4, 2, False, True),
-        RowsConfig(64, 4, 3, True, True, 4),
-        RowsConfig(128, 4, 2, False, True),
-        RowsConfig(128, 16, 2, False, True),
-        RowsConfig(32, 4, 2, False, True),
+# Rows that are not rotated are bound by memory and want small programs. The rotation keeps its
+# matrix in 32 KiB of shared memory: `stages` are what still lets two programs share an SM.
+_SMALL_ROWS = RowsConfig(32, 4, 2, False, True)
+_ROWS = RowsConfig(64, 4, 2, False, True)
+_LARGE_ROWS = RowsConfig(128, 8, 2, False, True)
+ROWS: dict[str, dict[str, RowsConfig]] = {
+    "sm_80": {"plain": _LARGE_ROWS, "rotated": _LARGE_ROWS, "rotated_long": _LARGE_ROWS},
+    "sm_89": {"plain": _LARGE_ROWS, "rotated": _LARGE_ROWS, "rotated_long": _LARGE_ROWS},
+    "sm_90": {
+        "plain": _SMALL_ROWS,
+        "rotated": RowsConfig(64, 4, 3, True, True, 4),
+        "rotated_long": RowsConfig(128, 8, 2, True, True, 2),
+    },
+    "sm_100": dict.fromkeys(
+        ("plain", "rotated", "rotated_long"), RowsConfig(128, 8, 2, False, False)
     ),
-    "sm_100": (RowsConfig(128, 8, 2, False, False), RowsConfig(64, 4, 2, False, False)),
-    "sm_120": (RowsConfig(64, 4, 2, False, True), RowsConfig(128, 8, 2, False, True)),
-    "fallback": (RowsConfig(64, 4, 2, False, False),),
+    "sm_120": {"plain": _ROWS, "rotated": _ROWS, "rotated_long": _ROWS},
+    "fallback": dict.fromkeys(
+        ("plain", "rotated", "rotated_long"), RowsConfig(64, 4, 2, False, False)
+    ),
 }
-TILES: dict[str, tuple[TilesConfig, ...]] = {
-    "sm_80": (TilesConfig(1, 8, 2, True),),
-    "sm_89": (TilesConfig(1, 8, 2, True),),
+ROWS_RACED: dict[str, tuple[RowsConfig, ...]] = {
     "sm_90": (
-        TilesConfig(4, 8, 2, True),
-        TilesConfig(1, 8, 2, True),
-        TilesConfig(4, 4, 2, True),
-        TilesConfig(4, 8, 3, True),
-        TilesConfig(4, 8, 2, False),
-        TilesConfig(8, 8, 3, True),
+        RowsConfig(64, 4, 2, True, True, 3),
+        _ROWS,
+        _LARGE_ROWS,
+        RowsConfig(128, 8, 2, True, False, 2),
+        RowsConfig(128, 4, 2, True, True, 2),
     ),
-    "sm_100": (TilesConfig(4, 8, 2, False),),
-    "sm_120": (TilesConfig(1, 8, 2, True),),
-    "fallback": (TilesConfig(1, 8, 2, False),),
 }
-# Of each list the first is for large outputs; `scaled_mm_configuration` steps down while too few
-# programs would run.
-MM: dict[str, tuple[MmConfig, ...]] = {
-    "sm_80": (
-        MmConfig(128, 128, 64, 8, 3, False),
-        MmConfig(64, 128, 64, 4, 3, False),
-        MmConfig(64, 64, 64, 4, 4, False),
-        MmConfig(32, 64, 64, 4, 4, False),
+_ONE = PassConfig(1, 8, 2)
+_FOUR = PassConfig(4, 8, 2)
+_FOUR_TMA = PassConfig(4, 8, 1, descriptors=True)
+_FOUR_128_REGISTERS = PassConfig(4, 8, 2, maxnreg=128)
+_ONES = TilesConfig(_ONE, _ONE)
+_UNORDERED = TilesConfig(_ONE, _ONE, fragment_order=False)
+# Ladders: the first configuration that the tensors allow and that gives every SM a program.
+TILES: dict[str, dict[str, tuple[TilesConfig, ...]]] = {
+    "sm_80": dict.fromkeys(("plain", "rotated", "rotated_both"), (_ONES,)),
+    "sm_89": dict.fromkeys(("plain", "rotated", "rotated_both"), (_ONES,)),
+    "sm_90": {
+        "plain": (_ONES,),
+        "rotated": (TilesConfig(_FOUR, _FOUR), _ONES),
+        "rotated_both": (
+            TilesConfig(_FOUR, _FOUR_TMA),
+            TilesConfig(_FOUR, _FOUR_128_REGISTERS),
+            _ONES,
+        ),
+    },
+    "sm_100": dict.fromkeys(
+        ("plain", "rotated", "rotated_both"),
+        (TilesConfig(_FOUR, _FOUR, fragment_order=False), _UNORDERED),
     ),
-    "sm_89": (
-        MmConfig(128, 128, 64, 8, 3, False),
-        MmConfig(64, 128, 64, 4, 3, False),
-        MmConfig(64, 64, 64, 4, 4, False),
-        MmConfig(32, 64, 64, 4, 4, False),
-    ),
+    "sm_120": dict.fromkeys(("plain", "rotated", "rotated_both"), (_ONES,)),
+    "fallback": dict.fromkeys(("plain", "rotated", "rotated_both"), (_UNORDERED,)),
+}
+TILES_RACED: dict[str, tuple[TilesConfig, ...]] = {
     "sm_90": (
-        MmConfig(128, 128, 128, 4, 3, True),
-        MmConfig(64, 128, 128, 4, 5, True),
-        MmConfig(64, 64, 128, 4, 6, True),
-        MmConfig(128, 128, 128, 4, 4, True),
-        MmConfig(128, 256, 128, 8, 4, True),
-        MmConfig(128, 128, 128, 8, 4, True),
+        TilesConfig(_FOUR, _ONE),
+        TilesConfig(PassConfig(8, 8, 2), PassConfig(8, 8, 1, descriptors=True)),
+        TilesConfig(PassConfig(4, 8, 1), PassConfig(1, 8, 1, descriptors=True)),
+        TilesConfig(PassConfig(4, 4, 2), PassConfig(4, 8, 1, descriptors=True, maxnreg=128)),
+        TilesConfig(_FOUR, PassConfig(4, 8, 2, descriptors=True), fragment_order=False),
+    ),
+}
+_SM_80 = (
+    MmConfig(128, 128, 64, 8, 3, False),
+    MmConfig(64, 128, 64, 4, 3, False),
+    MmConfig(64, 64, 64, 4, 4, False),
+    MmConfig(32, 64, 64, 4, 4, False),
+)
+_SM_100 = (
+    MmConfig(128, 256, 128, 8, 3, True),
+    MmConfig(128, 128, 128, 4, 4, True),
+    MmConfig(128, 64, 128, 4, 4, True),
+)
+# Hopper's int8 product is waited for in every step: two programs an SM fill each other's gaps,
+# which the 4-warp tile with three stages allows. fp8 is not waited for and takes the large tile.
+_HOPPER = (
+    MmConfig(128, 128, 128, 4, 3, True),
+    MmConfig(64, 128, 128, 4, 5, True),
+    MmConfig(64, 64, 128, 4, 6, True),
+)
+MM: dict[str, dict[str, tuple[MmConfig, ...]]] = {
+    "sm_80": dict.fromkeys(("int8", "fp8"), _SM_80),
+    "sm_89": dict.fromkeys(("int8", "fp8"), _SM_80),
+    "sm_90": {"int8": _HOPPER, "fp8": (MmConfig(128, 256, 128, 8, 4, True), *_HOPPER)},
+    "sm_100": dict.fromkeys(("int8", "fp8"), _SM_100),
+    "sm_120": dict.fromkeys(("int8", "fp8"), _SM_80[:3]),
+    "fallback": dict.fromkeys(("int8", "fp8"), (MmConfig(64, 64, 64, 4, 2, False),)),
+}
+MM_RACED: dict[str, tuple[MmConfig, ...]] = {
+    "sm_90": (
         MmConfig(256, 128, 128, 8, 4, True),
-        MmConfig(128, 256, 128, 8, 3, True),
-        MmConfig(256, 128, 128, 8, 3, True),
+        MmConfig(128, 64, 128, 4, 5, True),
+        MmConfig(64, 64, 128, 4, 3, True),
+        MmConfig(128, 128, 128, 4, 3, True, group=16),
         MmConfig(128, 128, 128, 8, 4, False),
     ),
-    "sm_100": (
-        MmConfig(128, 256, 128, 8, 3, True),
-        MmConfig(128, 128, 128, 4, 4, True),
-        MmConfig(128, 64, 128, 4, 4, True),
-    ),
-    "sm_120": (
-        MmConfig(128, 128, 64, 8, 3, False),
-        MmConfig(64, 128, 64, 4, 3, False),
-        MmConfig(64, 64, 64, 4, 4, False),
-    ),
-    "fallback": (MmConfig(64, 64, 64, 4, 2, False),),
 }
-LADDER_LENGTH = {"sm_80": 4, "sm_89": 4, "sm_90": 3, "sm_100": 3, "sm_120": 3, "fallback": 1}
+# At 256 x 4096 x 4096 a 64 x 128 tile (128 programs) beats 64 x 64 for fp8, not for int8.
+MM_PROGRAMS = {"int8": SMS_ASSUMED, "fp8": 120}
+LONG_ROW_GROUPS = 128
 
 
-def rows_configuration(capability: Capability) -> RowsConfig:
-    return ROWS[_table_key(capability)][0]
+def rows_configuration(K: int, rotated: bool, capability: Capability) -> RowsConfig:
+    """The table's whole-row configuration for rows of K elements."""
+    long = row_groups(K) >= LONG_ROW_GROUPS
+    case = "plain" if not rotated else "rotated_long" if long else "rotated"
+    return ROWS[_table_key(capability)][case]
 
 
-def tiles_configuration(capability: Capability) -> TilesConfig:
-    return TILES[_table_key(capability)][0]
-
-
-def scaled_mm_configuration(M: int, N: int, capability: Capability) -> MmConfig:
-    """The largest tile of the table's ladder that still gives every SM a program; the smallest
-    tile if none does."""
-    key = _table_key(capability)
-    ladder = MM[key][: LADDER_LENGTH[key]]
+def tiles_configuration(
+    T: int, K: int, rotated: bool, both: bool, addressable: bool, capability: Capability
+) -> TilesConfig:
+    """The first of the table's ladder whose tensors TMA can address (`addressable`) and that fills
+    the SMs; the last if none does."""
+    case = "plain" if not rotated else "rotated_both" if both else "rotated"
+    ladder = TILES[_table_key(capability)][case]
     for config in ladder:
-        tiles = -(-M // config.block_m) * -(-N // config.block_n)
-        if tiles >= SMS_ASSUMED:
+        stripe = WIDTH * max(config.amax.tiles, config.write.tiles)
+        programs = -(-K // WIDTH) * -(-T // stripe)
+        if programs >= SMS_ASSUMED and (addressable or not config.write.descriptors):
+            return config
+    return ladder[-1]
+
+
+def scaled_mm_configuration(M: int, N: int, integer: bool, capability: Capability) -> MmConfig:
+    """The largest tile of the format's ladder that still gives nearly every SM a program; the
+    smallest tile if none does."""
+    name = "int8" if integer else "fp8"
+    ladder = MM[_table_key(capability)][name]
+    for config in ladder:
+        if -(-M // config.block_m) * -(-N // config.block_n) >= MM_PROGRAMS[name]:
             return config
     return ladder[-1]
 
@@ -163,15 +217,20 @@ def both_layouts_in_one(capability: Capability, input_bytes: int) -> bool:
 
 
 def rows_candidates(capability: Capability) -> tuple[RowsConfig, ...]:
-    return ROWS[_table_key(capability)]
+    key = _table_key(capability)
+    return tuple(dict.fromkeys((*ROWS[key].values(), *ROWS_RACED.get(key, ()))))
 
 
 def tiles_candidates(capability: Capability) -> tuple[TilesConfig, ...]:
-    return TILES[_table_key(capability)]
+    key = _table_key(capability)
+    ladders = [config for ladder in TILES[key].values() for config in ladder]
+    return tuple(dict.fromkeys((*ladders, *TILES_RACED.get(key, ()))))
 
 
 def scaled_mm_candidates(capability: Capability) -> tuple[MmConfig, ...]:
-    return MM[_table_key(capability)]
+    key = _table_key(capability)
+    ladders = [config for ladder in MM[key].values() for config in ladder]
+    return tuple(dict.fromkeys((*ladders, *MM_RACED.get(key, ()))))
 
 
 def row_groups(K: int) -> int:

@@ -1,6 +1,6 @@
 """hadagraph: a torch.compile backend that trains models in 8 bit at the same loss.
 
-    torch.compile(model, backend="hadagraph")
+torch.compile(model, backend="hadagraph")
 """
 
 from hadagraph.config import Config

@@ -69,6 +69,9 @@ def compile_graph(
         "post_grad_custom_post_pass": ComposedPass([*_as_list(after_grad), FusePass(session)]),
         "custom_partitioner_fn": Partitioner(session, partitioner),
     }
+    if config.dump is not None:
+        # A graph out of a cache runs no pass, and would leave nothing to see.
+        patches["force_disable_caches"] = True
     compiled: Callable[..., Any] = compat.compile_fx(gm, inputs, config_patches=patches)
     return compiled
 
@@ -234,9 +237,7 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
         return None if theirs is None else repr((theirs, self.session.uuid()))
 
 
-def _run_eagerly(
-    gm: fx.GraphModule, inputs: Sequence[Any], session: Session
-) -> Callable[..., Any]:
+def _run_eagerly(gm: fx.GraphModule, inputs: Sequence[Any], session: Session) -> Callable[..., Any]:
     """The same graph, decompositions, passes and partition as with Inductor, run op by op."""
 
     def run(graph_module: fx.GraphModule, _: Any) -> Callable[..., Any]:

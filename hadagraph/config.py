@@ -127,7 +127,7 @@ def _checked(name: str, value: Any) -> Any:
 
 def _check_override(pattern: str, name: str) -> None:
     if not isinstance(pattern, str) or not isinstance(name, str):
-        raise ValueError(f"option overrides must map glob to recipe name, got {pattern!r}: {name!r}")
+        raise ValueError(f"option overrides must map glob to recipe, got {pattern!r}: {name!r}")
     _, colon, role = pattern.rpartition(":")
     if colon and role not in ROLES:
         raise ValueError(

@@ -114,9 +114,7 @@ RECIPES: dict[str, Recipe] = {
     )
 }
 DEFAULT_RECIPE = "int8_rotated"
-_BY_NAME = {
-    name: recipe for recipe in RECIPES.values() for name in (recipe.name, *recipe.aliases)
-}
+_BY_NAME = {name: recipe for recipe in RECIPES.values() for name in (recipe.name, *recipe.aliases)}
 
 
 def recipe_named(name: str, option: str = "recipe") -> Recipe:

@@ -86,9 +86,7 @@ class SiteReport:
     @staticmethod
     def of(decision: Decision) -> SiteReport:
         """The public face of a decision."""
-        return SiteReport(
-            decision.site.name, decision.site.role, decision.lowered, decision.reason
-        )
+        return SiteReport(decision.site.name, decision.site.role, decision.lowered, decision.reason)
 
 
 @dataclass

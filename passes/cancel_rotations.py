@@ -73,9 +73,7 @@ def through_permute(node: fx.Node) -> fx.Node | None:
         return None
     source = moved.args[0]
     rank = tensor(moved).dim()
-    rotated = create(
-        node.graph, node.target, (source, _order(moved, rank)[dim], *rest), node
-    )
+    rotated = create(node.graph, node.target, (source, _order(moved, rank)[dim], *rest), node)
     return create(node.graph, moved.target, (rotated, *moved.args[1:]), node)
 
 

@@ -32,7 +32,7 @@ def _narrow(node: fx.Node) -> None:
     read = {user.args[1]: user for user in node.users if user.target is operator.getitem}
     live = {index for index, user in read.items() if user.users}
     x, rows, columns = node.args
-    if live & {0, 1} and live & {2, 3} or not live:
+    if not live or (live & {0, 1} and live & {2, 3}):
         return
     first, target, encoding = (
         (0, ops.quantize_rows, rows) if live & {0, 1} else (2, ops.quantize_columns, columns)
@@ -63,8 +63,8 @@ def _producers(node: fx.Node) -> tuple[str, ...]:
     current = node.args[0]
     while isinstance(current, fx.Node) and len(current.users) == 1 and _is_pointwise(current):
         chain.append(current.name)
-        tensors = [n for n in current.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-        current = tensors[0] if len(tensors) == 1 else None
+        inputs = [n for n in current.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
+        current = inputs[0] if len(inputs) == 1 else None
     return tuple(reversed(chain))
 
 

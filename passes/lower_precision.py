@@ -32,6 +32,7 @@ from hadagraph.graph import (
 )
 from hadagraph.plan import Decision, OperandPlan, Plan
 
+ALIASES = (aten.alias.default, aten.detach.default)
 ROWS, COLUMNS = 1, 0  # which dim of the tensor the GEMM contracts
 
 
@@ -196,11 +197,20 @@ def _saved_anyway(node: fx.Node, backward: frozenset[fx.Node]) -> bool:
     while True:
         if node.op == "placeholder":
             return True
-        if any(user in backward and _is_opaque_backward(user) for user in node.users):
+        if any(user in backward and _is_opaque_backward(user) for user in _readers(node)):
             return True
         if node.target not in (*VIEWS, *TRANSPOSES, aten.clone.default):
             return False
         node = node.args[0]  # type: ignore[assignment]
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """The users of a node and of its aliases: autograd saves attention's output by an alias."""
+    readers = list(node.users)
+    for reader in readers:
+        if reader.target in ALIASES:
+            readers.extend(reader.users)
+    return readers
 
 
 def _is_opaque_backward(node: fx.Node) -> bool:
@@ -250,16 +260,15 @@ def _high_precision(node: fx.Node) -> fx.Node:
 
 def _with_saved(decision: Decision, recomputed: set[str]) -> Decision:
     """The decision with `saved` as carried out."""
-    if decision.site.node not in recomputed:
-        return decision
+    carried_out = "recompute" if decision.site.node in recomputed else "codes"
     return replace(
         decision,
-        lhs=_if_saved(decision.lhs),
-        rhs=_if_saved(decision.rhs),
+        lhs=_if_saved(decision.lhs, carried_out),
+        rhs=_if_saved(decision.rhs, carried_out),
     )
 
 
-def _if_saved(plan: OperandPlan | None) -> OperandPlan | None:
+def _if_saved(plan: OperandPlan | None, carried_out: str) -> OperandPlan | None:
     if plan is None or plan.saved is None:
         return plan
-    return replace(plan, saved="recompute")
+    return replace(plan, saved=carried_out)

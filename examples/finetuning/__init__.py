@@ -2,8 +2,10 @@
 
 import os
 
-# tqdm reads this when it is first imported, which torch does: ours is the only progress bar.
-os.environ.setdefault("TQDM_DISABLE", "1")
+# Both are read while torch is imported, so they stand before any import of it.
+os.environ.setdefault("TQDM_DISABLE", "1")  # ours is the only progress bar
+# Waiting threads that spin make a step ten times slower as soon as anything else runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class UsageError(Exception):

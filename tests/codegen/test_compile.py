@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hadagraph.codegen.choose import select_scaled_mm
-from hadagraph.codegen.launch import specs_for
+from hadagraph.codegen.listing import specs_for
 from hadagraph.codegen.spec import KernelSpec
 from hadagraph.codegen.store import kernel_module
 

@@ -10,7 +10,7 @@ import torch
 
 from hadagraph.codegen.choose import select_scaled_mm
 from hadagraph.codegen.emit import emit
-from hadagraph.codegen.launch import specs_for
+from hadagraph.codegen.listing import specs_for
 from hadagraph.codegen.spec import KernelSpec
 from hadagraph.codegen.store import load_module, write_source
 

@@ -65,6 +65,8 @@ def test_tiles_bitwise_for_every_configuration(index, text):
     config = tune.tiles_candidates(CAPABILITY)[index]
     check(integers(1024, 512, torch.bfloat16), text, "both", config, exact=True)
     check(integers(515, 200, torch.bfloat16, 1), text, "columns", config, exact=True)
+    check(integers(515, 200, torch.bfloat16, 2), text, "both", config, exact=True)
+    check(integers(260, 203, torch.bfloat16, 3), text, "both", config, exact=True)
 
 
 @pytest.mark.parametrize("layouts", LAYOUTS)
@@ -98,12 +100,16 @@ def test_rows_too_long_for_one_tile():
 @pytest.mark.parametrize("layouts", LAYOUTS)
 def test_strides(layouts):
     base = integers(300, 400, torch.bfloat16)
-    for x in (base.t(), base[::2], base[:, 3:200], base[:, ::3], base[:1].expand(40, 400)):
-        moved = (
-            x.cuda()
-            if x.stride(0) == 0
-            else base.cuda().as_strided(x.size(), x.stride(), x.storage_offset())
-        )
+    for x in (
+        base.t(),
+        base[::2],
+        base[:, 3:200],
+        base[:, ::3],
+        base[:1].expand(40, 400),
+        base[:, 8:200],
+    ):
+        moved = base.cuda().as_strided(x.size(), x.stride(), x.storage_offset())
+        assert moved.stride() == x.stride()
         encoding = Encoding.parse(MAIN[0])
         rows = encoding if layouts != "columns" else None
         columns = encoding if layouts != "rows" else None
@@ -137,9 +143,11 @@ def test_signed_rotation(layouts):
     check(integers(70, 130, torch.bfloat16), str(encoding), layouts, exact=True)
 
 
-def run_mm(M, N, C, names, bias_dtype=None, out_dtype=torch.bfloat16, config=None, per_tensor=()):
+def run_mm(
+    M, N, C, names, bias_dtype=None, out_dtype=torch.bfloat16, config=None, per_tensor=(), size=1.0
+):
     a, b = random_codes((M, C), names[0], 0), random_codes((N, C), names[1], 1)
-    a_scale = torch.rand(1 if 0 in per_tensor else M) + 0.5
+    a_scale = (torch.rand(1 if 0 in per_tensor else M) + 0.5) * size
     b_scale = torch.rand(1 if 1 in per_tensor else N) + 0.5
     bias = None if bias_dtype is None else torch.randn(N).to(bias_dtype)
     on_device = [t.cuda() for t in (a, b, a_scale, b_scale)]
@@ -164,7 +172,9 @@ def test_scaled_mm_shapes(shape):
 @pytest.mark.parametrize("out_dtype", DTYPES)
 @pytest.mark.parametrize("bias_dtype", [None, *DTYPES])
 def test_scaled_mm_dtypes(out_dtype, bias_dtype):
-    run_mm(128, 64, 256, ("int8", "int8"), bias_dtype, out_dtype, per_tensor=(1,))
+    # sums of 256 products reach 10^6: scaled to stay below fp16's 65504
+    names, size = ("int8", "int8"), 2.0**-8
+    run_mm(128, 64, 256, names, bias_dtype, out_dtype, per_tensor=(1,), size=size)
 
 
 @pytest.mark.skipif(not FP8, reason="needs fp8 matrix instructions")

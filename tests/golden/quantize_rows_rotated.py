@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-OPTIONS = {'num_warps': 8, 'num_stages': 3, 'enable_fp_fusion': False}
+OPTIONS = {'num_warps': 4, 'num_stages': 3, 'enable_fp_fusion': False}
 SIGNATURE = {
     "x_ptr": "*bf16",
     "matrix_ptr": "*bf16",
@@ -27,7 +27,7 @@ def quantize_rows_int8_h128_bf16(
     x_stride,
     codes_stride,
 ):
-    ROWS: tl.constexpr = 4  # rows of a tile
+    ROWS: tl.constexpr = 2  # rows of a tile
     GROUPS: tl.constexpr = 32  # runs of 128 columns of a tile
     tile_row = tl.arange(0, ROWS * GROUPS)  # counts (row, group)
     column = (tile_row % GROUPS * 128)[:, None] + tl.arange(0, 128)[None, :]

@@ -1,0 +1,158 @@
+"""Options: refusals name the option, the value and what is allowed; Inductor's own pass through."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from hadagraph import compat
+from hadagraph.config import Config, parse_options
+from hadagraph.recipes import DEFAULT_RECIPE
+
+REFUSALS = {
+    "recipe": ("int3", "recipe must be one of .*int8_rotated.*got 'int3'"),
+    "executor": ("tvm", "executor must be one of inductor, eager, got 'tvm'"),
+    "eval": ("int8", "eval must be one of train, bf16, got 'int8'"),
+    "min_size": (0, "min_size must be at least 1, got 0"),
+    "mode": ("fastest", "mode must be one of default, .*got 'fastest'"),
+    "measure": (True, "measure=True needs executor='eager'"),
+    "overrides": ({"*": "int3"}, r"overrides\['\*'\] must be one of .*got 'int3'"),
+    "keep": (["lm_head", 3], "keep must hold globs, got 3"),
+}
+ILL_TYPED = {
+    "recipe": 8,
+    "overrides": [("*", "bf16")],
+    "keep": "lm_head",
+    "min_size": "16",
+    "executor": True,
+    "eval": False,
+    "dump": 1,
+    "debug": 1,
+    "measure": "yes",
+    "mode": 3,
+}
+OTHER = {
+    "recipe": "fp8_rowwise",
+    "overrides": {"*.down_proj:grad_weight": "bf16"},
+    "keep": ("*.x",),
+    "min_size": 32,
+    "executor": "eager",
+    "eval": "bf16",
+    "debug": True,
+    "mode": "max-autotune-no-cudagraphs",
+}
+
+
+def test_defaults():
+    config = parse_options(None, None)
+    assert config == Config()
+    assert config.recipe == DEFAULT_RECIPE
+    assert config.inductor_patches() == {}
+
+
+@pytest.mark.parametrize("option", REFUSALS)
+def test_a_value_that_is_not_allowed_is_refused(option):
+    value, message = REFUSALS[option]
+    with pytest.raises(ValueError, match=message):
+        parse_options(None, {option: value})
+
+
+@pytest.mark.parametrize("option", ILL_TYPED)
+def test_an_ill_typed_value_is_refused(option):
+    value = ILL_TYPED[option]
+    message = (
+        rf"option {option} must be \w+.*, got {type(value).__name__}: {re.escape(repr(value))}"
+    )
+    with pytest.raises(ValueError, match=message):
+        parse_options(None, {option: value})
+
+
+def test_a_bool_is_no_number():
+    with pytest.raises(ValueError, match="option min_size must be int, got bool: True"):
+        parse_options(None, {"min_size": True})
+
+
+@pytest.mark.parametrize("mapping", [{3: "bf16"}, {"*": 3}])
+def test_overrides_hold_text(mapping):
+    with pytest.raises(ValueError, match="overrides must map glob to recipe"):
+        parse_options(None, {"overrides": mapping})
+
+
+def test_an_unknown_role_is_refused():
+    with pytest.raises(ValueError, match=r"one of output, .*, got '\*:forward'"):
+        parse_options(None, {"overrides": {"*:forward": "bf16"}})
+
+
+def test_an_unknown_option_is_refused_with_the_allowed_ones():
+    with pytest.raises(
+        ValueError, match=r"unknown option 'recipes'.*did you mean 'recipe'"
+    ) as error:
+        parse_options(None, {"recipes": "int8"})
+    assert all(option in str(error.value) for option in ILL_TYPED)
+    assert "torch._inductor.config" in str(error.value)
+
+
+def test_every_field_is_an_option_and_refuses_wrong_types():
+    assert {field.name for field in fields(Config)} - {"inductor"} == set(ILL_TYPED)
+
+
+def test_inductors_options_pass_through():
+    config = parse_options(None, {"max_autotune": True, "triton.cudagraphs": True, "min_size": 32})
+    assert config.min_size == 32
+    assert config.inductor_patches() == {"max_autotune": True, "triton.cudagraphs": True}
+
+
+def test_inductors_options_may_be_written_with_dashes():
+    config = parse_options(None, {"max-autotune": True})
+    assert config.inductor_patches() == {"max_autotune": True}
+
+
+def test_a_mode_sets_its_options_and_the_users_go_on_top():
+    expected = compat.list_mode_options("max-autotune")
+    assert parse_options("max-autotune", {}).inductor_patches() == expected
+    config = parse_options("max-autotune", {"max_autotune": False})
+    assert config.inductor_patches() == {**expected, "max_autotune": False}
+    assert parse_options(None, {"mode": "max-autotune"}).inductor_patches() == expected
+
+
+def test_modes_that_contradict_are_refused():
+    with pytest.raises(ValueError, match=r"mode='default' contradicts .*mode='max-autotune'"):
+        parse_options("max-autotune", {"mode": "default"})
+
+
+def test_environment_variables_fill_in(monkeypatch, tmp_path):
+    monkeypatch.setenv("HADAGRAPH_DUMP", str(tmp_path))
+    monkeypatch.setenv("HADAGRAPH_DEBUG", "1")
+    config = parse_options(None, {})
+    assert (config.dump, config.debug) == (str(tmp_path), True)
+    config = parse_options(None, {"dump": "elsewhere", "debug": False})
+    assert (config.dump, config.debug) == ("elsewhere", False)
+
+
+@pytest.mark.parametrize("text", ["", "0"])
+def test_debug_may_be_off_in_the_environment(monkeypatch, text):
+    monkeypatch.setenv("HADAGRAPH_DEBUG", text)
+    assert not parse_options(None, None).debug
+
+
+def test_a_path_is_a_dump_folder():
+    assert parse_options(None, {"dump": Path("a") / "b"}).dump == str(Path("a") / "b")
+
+
+def test_the_cache_key_covers_every_option_but_the_dump():
+    keys = {parse_options(None, {}).cache_key()}
+    for option, value in OTHER.items():
+        keys.add(parse_options(None, {option: value}).cache_key())
+    keys.add(parse_options(None, {"executor": "eager", "measure": True}).cache_key())
+    keys.add(parse_options(None, {"max_autotune": True}).cache_key())
+    assert len(keys) == 1 + len(OTHER) + 2
+    assert set(OTHER) | {"measure", "dump", "inductor"} == {field.name for field in fields(Config)}
+    assert replace(Config(), dump="x").cache_key() == Config().cache_key()
+
+
+def test_the_last_override_wins_and_order_is_kept():
+    pairs = {"a": "bf16", "b": "fp8_rowwise"}
+    assert parse_options(None, {"overrides": pairs}).overrides == tuple(pairs.items())

@@ -1,0 +1,171 @@
+"""The operators: what their fakes promise is what they return, and torch accepts how they are
+registered."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import FLOATS, matrices, traced
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from hadagraph import ops
+from hadagraph.formats import PER_KEPT_INDEX, PER_TENSOR, QUANTIZED_FORMATS, Encoding
+from hadagraph.rotation import Fixed, Rotation, padded_size
+
+ROTATIONS = ("h2", "h16", "h64:fixed(3)")
+ENCODINGS = [
+    str(Encoding(name, granularity, rotation))
+    for name in QUANTIZED_FORMATS
+    for granularity in (PER_TENSOR, PER_KEPT_INDEX)
+    for rotation in (None, Rotation(16, Fixed(2)))
+]
+OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def described(value):
+    """Shape, dtype, device, and the strides that address anything."""
+    return [(tuple(t.shape), t.dtype, t.device, strides_used(t)) for t in tree_leaves(value)]
+
+
+def strides_used(t):
+    pairs = zip(t.shape, t.stride(), strict=True)
+    return [step for size, step in pairs if size > 1] if t.numel() else []
+
+
+def assert_fake_agrees(op, *args):
+    real = op(*args)
+    with FakeTensorMode() as mode:
+        fakes = tree_map(lambda a: mode.from_tensor(a) if torch.is_tensor(a) else a, args)
+        fake = op(*fakes)
+    assert described(fake) == described(real)
+    return real
+
+
+@given(matrices((*FLOATS, torch.float64)), st.integers(0, 1), st.sampled_from(ROTATIONS))
+def test_rotations(x, dim, rotation):
+    turned = assert_fake_agrees(ops.rotate, x, dim, rotation)
+    back = assert_fake_agrees(ops.unrotate, turned, dim, rotation, x.shape[dim])
+    assert back.shape == x.shape
+
+
+@given(st.integers(-3, 2), st.sampled_from(ROTATIONS))
+def test_rotations_of_three_dims(dim, rotation):
+    x = torch.randn(3, 5, 17).transpose(0, 1)
+    turned = assert_fake_agrees(ops.rotate, x, dim, rotation)
+    back = assert_fake_agrees(ops.unrotate, turned, dim, rotation, x.shape[dim])
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-5)  # two fp32 sums of 64
+
+
+@given(matrices(), st.booleans())
+def test_gemm(x, with_bias):
+    rhs = torch.ones(3, x.shape[1], dtype=x.dtype)
+    assert_fake_agrees(ops.gemm, x, rhs, rhs.new_ones(3) if with_bias else None)
+
+
+@given(matrices(), st.sampled_from(ENCODINGS), st.sampled_from(ENCODINGS))
+def test_quantizers(x, rows, columns):
+    row = assert_fake_agrees(ops.quantize_rows, x, rows)
+    column = assert_fake_agrees(ops.quantize_columns, x, columns)
+    both = assert_fake_agrees(ops.quantize_both, x, rows, columns)
+    for got, expected in zip(both, (*row, *column), strict=True):
+        assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+
+
+@given(
+    matrices(),
+    st.sampled_from(ENCODINGS),
+    st.sampled_from(OUT_DTYPES),
+    st.booleans(),
+    st.booleans(),
+)
+def test_scaled_mm(x, encoding, out_dtype, with_bias, measured):
+    a, a_scale = ops.quantize_rows(x, encoding)
+    other = torch.ones(5, x.shape[1])
+    b, b_scale = ops.quantize_rows(other, encoding)
+    bias = torch.ones(5, dtype=out_dtype) if with_bias else None
+    args = (a, b, a_scale, b_scale, bias, out_dtype)
+    out = assert_fake_agrees(ops.scaled_mm, *args)
+    if measured:
+        got = assert_fake_agrees(ops.scaled_mm_measured, x, other.to(x), *args, "site")
+        assert torch.equal(got, out)
+        assert ops.MEASURED.pop("site") is not None
+
+
+def test_measured_sqnr_is_that_of_the_codes():
+    x, w = torch.randn(16, 64), torch.randn(32, 64)
+    encoding = str(Encoding("int8", PER_KEPT_INDEX))
+    a, a_scale = ops.quantize_rows(x, encoding)
+    b, b_scale = ops.quantize_rows(w, encoding)
+    ops.scaled_mm_measured(x, w, a, b, a_scale, b_scale, torch.ones(32), torch.bfloat16, "site")
+    exact = x.double() @ w.double().t()
+    approximate = (a.double() * a_scale[:, None]) @ (b.double() * b_scale[:, None]).t()
+    noise = (approximate - exact).square().sum()
+    expected = 10 * torch.log10(exact.square().sum() / noise)
+    # scaled_mm rounds to fp32: 1e-7 beside a quantization error of 1e-2.
+    assert ops.MEASURED.pop("site") == pytest.approx(float(expected), abs=1e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 21])
+def test_fakes_keep_symbols(tokens):
+    def everything(x, w):
+        turned = ops.unrotate(ops.rotate(x, 0, "h16"), 0, "h16", x.shape[0])
+        rows, row_scale, columns, column_scale = ops.quantize_both(
+            turned, "int8/per_kept_index/h16", "int8/per_tensor/h64"
+        )
+        weight, weight_scale = ops.quantize_rows(w, "int8/per_kept_index/h16")
+        product = ops.scaled_mm(rows, weight, row_scale, weight_scale, None, torch.float32)
+        return ops.gemm(product, product, None), columns, column_scale
+
+    gm = traced(everything, torch.randn(40, 48), torch.randn(24, 48), mode="symbolic")
+    found = {n.target: n.meta["val"] for n in gm.graph.nodes if n.op == "call_function"}
+    symbol = found[ops.quantize_both][0].shape[0]
+    assert isinstance(symbol, torch.SymInt)
+    assert found[ops.scaled_mm].shape[0] is symbol or str(found[ops.scaled_mm].shape[0]) == str(
+        symbol
+    )
+    x = torch.randn(tokens, 48)
+    out, columns, _ = gm(x, torch.randn(24, 48))
+    assert out.shape == (tokens, tokens)
+    assert columns.shape == (48, padded_size(tokens, 64))
+
+
+def test_contractions_that_differ_are_refused_when_traced():
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="gemm: contracted dims differ"):
+        ops.gemm(torch.empty(2, 16), torch.empty(3, 17), None)
+    with FakeTensorMode():
+        a, b = (torch.empty(2, n, dtype=torch.int8) for n in (16, 32))
+        scale = torch.empty(2)
+        with pytest.raises(RuntimeError, match="scaled_mm: contracted dims differ"):
+            ops.scaled_mm(a, b, scale, scale, None, torch.float32)
+
+
+def _samples():
+    x, w, bias = torch.randn(17, 20), torch.randn(5, 20), torch.randn(5)
+    encoding = "int8/per_kept_index/h16"
+    a, a_scale = ops.quantize_rows(x, encoding)
+    b, b_scale = ops.quantize_rows(w, encoding)
+    product = (a, b, a_scale, b_scale, bias, torch.bfloat16)
+    return {
+        ops.gemm: (x, w, bias),
+        ops.rotate: (x.t(), 0, "h16"),
+        ops.unrotate: (torch.randn(3, 32), 1, "h16", 20),
+        ops.quantize_rows: (x, encoding),
+        ops.quantize_columns: (x, "fp8_e4m3/per_tensor"),
+        ops.quantize_both: (x.t(), encoding, encoding),
+        ops.scaled_mm: product,
+        ops.scaled_mm_measured: (x, w, *product, "site"),
+    }
+
+
+def test_every_operator_is_sampled():
+    assert {op._opname for op in _samples()} == set(ops.SCHEMAS)
+
+
+@pytest.mark.parametrize("name", sorted(ops.SCHEMAS))
+def test_opcheck(name):
+    op, args = next((op, args) for op, args in _samples().items() if op._opname == name)
+    torch.library.opcheck(op, args)
+    ops.MEASURED.clear()
