@@ -28,7 +28,7 @@ def rotation_matrix(rotation: Rotation, reorder: bool) -> torch.Tensor:
     """D H of the rotation repeated along the diagonal of [WIDTH, WIDTH], fp64, entries +-1 and 0;
     `reorder`: its columns in `fragment_order`."""
     copies = WIDTH // rotation.block
-    matrix = torch.block_diag(*[signed_hadamard(rotation)] * copies)
+    matrix: torch.Tensor = torch.block_diag(*[signed_hadamard(rotation)] * copies)
     return matrix[:, fragment_order()] if reorder else matrix
 
 

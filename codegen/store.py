@@ -11,10 +11,9 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from torch._inductor.runtime.cache_dir_utils import cache_dir
-
 from hadagraph.codegen.emit import emit
 from hadagraph.codegen.spec import KernelSpec
+from hadagraph.compat import cache_dir
 
 _EMITTED: dict[str, str] = {}
 

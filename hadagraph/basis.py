@@ -17,7 +17,7 @@ from torch import fx
 
 from hadagraph import ops
 from hadagraph.formats import Encoding
-from hadagraph.graph import aten, tensor
+from hadagraph.graph import arguments, aten, tensor
 from hadagraph.rotation import Rotation
 
 Basis = tuple[Rotation | None, ...]
@@ -66,44 +66,44 @@ def _plain(node: fx.Node) -> Any:
 
 
 def _rotate(node: fx.Node, bases: dict[fx.Node, Any]) -> Basis:
-    x, dim, text = node.args
-    basis = list(bases[x])  # type: ignore[index]
-    _require(basis[dim] is None, node, f"rotates dim {dim}, which is rotated already")  # type: ignore[index]
-    basis[dim] = Rotation.parse(text)  # type: ignore[index, arg-type]
+    x, dim, text = arguments(node)
+    basis = list(bases[x])
+    _require(basis[dim] is None, node, f"rotates dim {dim}, which is rotated already")
+    basis[dim] = Rotation.parse(text)
     return tuple(basis)
 
 
 def _unrotate(node: fx.Node, bases: dict[fx.Node, Any]) -> Basis:
-    x, dim, text, _ = node.args
-    basis = list(bases[x])  # type: ignore[index]
-    rotation = Rotation.parse(text)  # type: ignore[arg-type]
-    _require(basis[dim] == rotation, node, f"un-rotates {text}, but finds {basis[dim]}")  # type: ignore[index]
-    basis[dim] = None  # type: ignore[index]
+    x, dim, text, _ = arguments(node)
+    basis = list(bases[x])
+    rotation = Rotation.parse(text)
+    _require(basis[dim] == rotation, node, f"un-rotates {text}, but finds {basis[dim]}")
+    basis[dim] = None
     return tuple(basis)
 
 
 def _permute(node: fx.Node, bases: dict[fx.Node, Any]) -> Basis:
-    basis = bases[node.args[0]]  # type: ignore[index]
+    basis = bases[arguments(node)[0]]
     rank = len(basis)
     if node.target is aten.t.default:
         return basis[::-1]
     if node.target is aten.transpose.int:
         order = list(range(rank))
-        first, second = (int(dim) % rank for dim in node.args[1:])  # type: ignore[arg-type]
+        first, second = (int(dim) % rank for dim in arguments(node)[1:])
         order[first], order[second] = order[second], order[first]
     else:
-        order = [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
+        order = [int(dim) % rank for dim in arguments(node)[1]]
     return tuple(basis[dim] for dim in order)
 
 
 def _view(node: fx.Node, bases: dict[fx.Node, Any]) -> Basis:
-    source = node.args[0]
-    basis = bases[source]  # type: ignore[index]
+    source = arguments(node)[0]
+    basis = bases[source]
     out: list[Rotation | None] = [None] * tensor(node).dim()
     if not _rotated(basis):
         return tuple(out)
     _require(
-        not _rotated(basis[:-1]) and keeps_last_dim(source, node),  # type: ignore[arg-type]
+        not _rotated(basis[:-1]) and keeps_last_dim(source, node),
         node,
         "regroups a rotated dim",
     )
@@ -120,8 +120,8 @@ def keeps_last_dim(source: fx.Node, view: fx.Node) -> bool:
 
 
 def _gemm(node: fx.Node, bases: dict[fx.Node, Any]) -> Basis:
-    lhs, rhs, bias = node.args
-    (lhs_kept, lhs_contracted), (rhs_kept, rhs_contracted) = bases[lhs], bases[rhs]  # type: ignore[index]
+    lhs, rhs, bias = arguments(node)
+    (lhs_kept, lhs_contracted), (rhs_kept, rhs_contracted) = bases[lhs], bases[rhs]
     _require(
         lhs_contracted == rhs_contracted,
         node,
@@ -132,18 +132,18 @@ def _gemm(node: fx.Node, bases: dict[fx.Node, Any]) -> Basis:
 
 
 def _same_through(node: fx.Node, bases: dict[fx.Node, Any]) -> Basis:
-    return bases[node.args[0]]  # type: ignore[index, no-any-return]
+    return bases[arguments(node)[0]]
 
 
 def _add(node: fx.Node, bases: dict[fx.Node, Any]) -> Basis:
-    terms = [term for term in node.args[:2] if isinstance(term, fx.Node)]
+    terms = [term for term in arguments(node)[:2] if isinstance(term, fx.Node)]
     if not any(_rotated(bases[term]) for term in terms):
-        return _plain(node)  # type: ignore[no-any-return]
+        return _plain(node)
     _require(len(terms) == 2, node, "adds a number to a rotated tensor")
     left, right = terms
     same = bases[left] == bases[right] and tensor(left).shape == tensor(right).shape
     _require(same, node, "adds tensors in different bases")
-    return bases[left]  # type: ignore[no-any-return]
+    return bases[left]
 
 
 def _codes_basis(text: Any) -> tuple[Basis, Basis]:
@@ -151,20 +151,21 @@ def _codes_basis(text: Any) -> tuple[Basis, Basis]:
 
 
 def _quantize(node: fx.Node, bases: dict[fx.Node, Any]) -> tuple[Basis, ...]:
-    x, *encodings = node.args
-    _require(not _rotated(bases[x]), node, "rotates and quantizes a rotated tensor")  # type: ignore[index]
+    x, *encodings = arguments(node)
+    _require(not _rotated(bases[x]), node, "rotates and quantizes a rotated tensor")
     return tuple(basis for text in encodings for basis in _codes_basis(text))
 
 
 def _getitem(node: fx.Node, bases: dict[fx.Node, Any]) -> Any:
-    source, index = node.args
-    basis = bases.get(source)  # type: ignore[arg-type]
-    return basis[index] if isinstance(basis, tuple) else _plain(node)  # type: ignore[index]
+    source, index = arguments(node)
+    basis = bases.get(source)
+    return basis[index] if isinstance(basis, tuple) else _plain(node)
 
 
 def _scaled_mm(node: fx.Node, bases: dict[fx.Node, Any]) -> Basis:
-    a, b = (node.args[0], node.args[1]) if node.target is ops.scaled_mm else node.args[2:4]
-    left, right = bases[a][1], bases[b][1]  # type: ignore[index]
+    first = 0 if node.target is ops.scaled_mm else 2
+    a, b = arguments(node)[first : first + 2]
+    left, right = bases[a][1], bases[b][1]
     _require(left == right, node, f"contracts {left} with {right}")
     return (None, None)
 

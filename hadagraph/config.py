@@ -112,11 +112,12 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Config
 
 def _checked(name: str, value: Any) -> Any:
     allowed = _TYPES[name]
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+    right_type = isinstance(value, allowed)
+    if not right_type or (isinstance(value, bool) and bool not in allowed):
         wanted = " or ".join(sorted(kind.__name__ for kind in allowed))
         raise ValueError(f"option {name} must be {wanted}, got {type(value).__name__}: {value!r}")
     if name == "overrides":
-        return tuple(value.items())
+        return tuple(dict(value).items())
     if name == "keep":
         for pattern in value:
             if not isinstance(pattern, str):

@@ -29,6 +29,11 @@ class Operand:
     contracted_dim: int
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The node's positional arguments; which of them are nodes is the operator's business."""
+    return node.args
+
+
 def create(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
     """A call_function node at the graph's insertion point, with `meta["val"]` computed under the
     fake mode and the partitioner's and debugger's metadata taken from `like`."""
@@ -76,14 +81,14 @@ def transposed_source(node: fx.Node) -> fx.Node | None:
     """t/transpose/permute([1, 0]) of a matrix -> the matrix; None for anything else."""
     if node.op != "call_function" or node.target not in TRANSPOSES or node.kwargs:
         return None
-    source = node.args[0]
+    source = arguments(node)[0]
     if not isinstance(source, fx.Node) or tensor(source).dim() != 2:
         return None
     if node.target is aten.permute.default:
-        order = [int(dim) % 2 for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
+        order = [int(dim) % 2 for dim in arguments(node)[1]]
         return source if order == [1, 0] else None
     if node.target is aten.transpose.int:
-        dims = {int(dim) % 2 for dim in node.args[1:]}  # type: ignore[arg-type]
+        dims = {int(dim) % 2 for dim in arguments(node)[1:]}
         return source if dims == {0, 1} else None
     return source
 
@@ -101,9 +106,9 @@ def layout_source(node: fx.Node) -> fx.Node:
     while (
         node.op == "call_function"
         and node.target in (*TRANSPOSES, *VIEWS, *CASTS)
-        and isinstance(node.args[0], fx.Node)
+        and isinstance(arguments(node)[0], fx.Node)
     ):
-        node = node.args[0]
+        node = arguments(node)[0]
     return node
 
 

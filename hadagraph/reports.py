@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import fx
 
 from hadagraph import compat, ops
-from hadagraph.graph import calls, tensor
+from hadagraph.graph import arguments, calls, tensor
 from hadagraph.plan import PLAN_COLUMNS, Decision, Plan, plan_rows
 from hadagraph.region import Region
 
@@ -117,11 +117,11 @@ def shared_quantizers(graph: fx.Graph, plan: Plan) -> tuple[Shared, ...]:
     sites = {d.site.node: f"{d.site.name}:{d.site.role}" for d in plan.decisions}
     readers: dict[fx.Node, list[str]] = defaultdict(list)
     for node in calls(graph, (ops.scaled_mm, ops.scaled_mm_measured)):
-        a, b = node.args[:2] if node.target is ops.scaled_mm else node.args[2:4]
+        a, b = arguments(node)[:2] if node.target is ops.scaled_mm else arguments(node)[2:4]
         for codes in (a, b):
-            readers[codes.args[0]].append(sites.get(node.meta["hadagraph_site"], node.name))  # type: ignore[union-attr, index]
+            readers[arguments(codes)[0]].append(sites.get(node.meta["hadagraph_site"], node.name))
     return tuple(
-        Shared(node.name, str(node.args[0]), tuple(readers[node]))
+        Shared(node.name, str(arguments(node)[0]), tuple(readers[node]))
         for node in calls(graph, ops.QUANTIZERS)
     )
 
@@ -133,7 +133,7 @@ def saved_for_backward(
     graph inputs left out."""
     (outputs,) = next(iter(reversed(forward.graph.nodes))).args
     saved: dict[str, tuple[str, str, int]] = {}
-    for node in _tensors(outputs[num_fwd_outputs:]):  # type: ignore[index]
+    for node in _tensors(outputs[num_fwd_outputs:]):
         value = tensor(node)
         size = value.element_size()
         for dim in value.shape:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from hadagraph.graph import replace
+from hadagraph.graph import arguments, replace
 
 Rule = Callable[[fx.Node], fx.Node | None]
 
@@ -49,7 +49,7 @@ def merge_duplicates(graph: fx.Graph, targets: Sequence[Any]) -> int:
             continue
         key = (
             node.target,
-            _hashable(node.args),
+            _hashable(arguments(node)),
             tuple(sorted((name, _hashable(value)) for name, value in node.kwargs.items())),
             node.meta.get("recompute"),
             node.meta.get("ac_graph_id"),

@@ -3,11 +3,14 @@ the bases type-check, does every node have its metadata? Changes nothing."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from hadagraph import compat, ops
 from hadagraph.basis import infer_bases
+from hadagraph.graph import arguments
 
 EXACT_OPS = (ops.gemm, ops.rotate, ops.unrotate)
 
@@ -43,12 +46,13 @@ def _has_tensor_input(node: fx.Node) -> bool:
 
 def _check_value(node: fx.Node, after: str) -> None:
     """The recorded value must be what the op gives on its present inputs."""
-    values = fx.map_arg(node.args, lambda argument: argument.meta["val"])
+    values = fx.map_arg(arguments(node), lambda argument: argument.meta["val"])
     fake_mode = compat.detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
     if fake_mode is None:
         return
     with fake_mode:
-        expected = node.target(*values)  # type: ignore[operator]
+        operator: Any = node.target
+        expected = operator(*values)
     for want, have in zip(_flat(expected), _flat(node.meta["val"]), strict=True):
         if (str(want.shape), want.dtype) != (str(have.shape), have.dtype):
             raise VerificationError(
@@ -57,7 +61,7 @@ def _check_value(node: fx.Node, after: str) -> None:
             )
 
 
-def _flat(value: object) -> list[torch.Tensor]:
+def _flat(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
-    return list(value)  # type: ignore[call-overload, no-any-return]
+    return list(value)

@@ -16,7 +16,7 @@ from torch import fx
 
 from hadagraph import ops
 from hadagraph.basis import keeps_last_dim
-from hadagraph.graph import TRANSPOSES, VIEWS, aten, create, tensor
+from hadagraph.graph import TRANSPOSES, VIEWS, arguments, aten, create, tensor
 from hadagraph.rewrite import apply_rules, merge_duplicates
 from hadagraph.rotation import Rotation
 
@@ -38,52 +38,53 @@ def cancel_rotations(graph: fx.Graph) -> None:
 
 def cancel_after_unrotate(node: fx.Node) -> fx.Node | None:
     """rotate(unrotate(x, d, R), d, R) -> x, if the un-rotation cut no padding off."""
-    inner, dim, rotation = node.args[:3]
+    inner, dim, rotation = arguments(node)[:3]
     if not _is_inverse(node, ops.unrotate):
         return None
-    source = inner.args[0]  # type: ignore[union-attr]
-    before, after = tensor(source).shape[dim], tensor(inner).shape[dim]  # type: ignore[arg-type, index]
-    block = Rotation.parse(rotation).block  # type: ignore[arg-type]
+    source = arguments(inner)[0]
+    before, after = tensor(source).shape[dim], tensor(inner).shape[dim]
+    block = Rotation.parse(rotation).block
     if not (isinstance(after, int) and before == after and after % block == 0):
         return None
-    return source  # type: ignore[return-value]
+    return source
 
 
 def cancel_after_rotate(node: fx.Node) -> fx.Node | None:
     """unrotate(rotate(x, d, R), d, R, size) -> x, if size is x's own."""
     if not _is_inverse(node, ops.rotate):
         return None
-    source, dim = node.args[0].args[0], node.args[1]  # type: ignore[union-attr]
-    if str(tensor(source).shape[dim]) != str(tensor(node).shape[dim]):  # type: ignore[arg-type, index]
+    rotated, dim = arguments(node)[:2]
+    source = arguments(rotated)[0]
+    if str(tensor(source).shape[dim]) != str(tensor(node).shape[dim]):
         return None
-    return source  # type: ignore[return-value]
+    return source
 
 
 def _is_inverse(node: fx.Node, target: Any) -> bool:
-    inner = node.args[0]
+    inner = arguments(node)[0]
     assert isinstance(inner, fx.Node)
-    return inner.target is target and inner.args[1:3] == node.args[1:3]
+    return inner.target is target and arguments(inner)[1:3] == arguments(node)[1:3]
 
 
 def through_permute(node: fx.Node) -> fx.Node | None:
     """rotate(permute(x, order), d) -> permute(rotate(x, order[d]), order)."""
-    moved, dim, *rest = node.args
+    moved, dim, *rest = arguments(node)
     assert isinstance(moved, fx.Node) and isinstance(dim, int)
     if moved.target not in TRANSPOSES or moved.kwargs:
         return None
-    source = moved.args[0]
+    source = arguments(moved)[0]
     rank = tensor(moved).dim()
     rotated = create(node.graph, node.target, (source, _order(moved, rank)[dim], *rest), node)
-    return create(node.graph, moved.target, (rotated, *moved.args[1:]), node)
+    return create(node.graph, moved.target, (rotated, *arguments(moved)[1:]), node)
 
 
 def _order(node: fx.Node, rank: int) -> list[int]:
     """Where each dim of a transposed tensor comes from."""
     order = list(range(rank))
     if node.target is aten.permute.default:
-        return [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
-    first, second = (0, rank - 1) if node.target is aten.t.default else node.args[1:]
-    order[int(first)], order[int(second)] = order[int(second)], order[int(first)]  # type: ignore[arg-type]
+        return [int(dim) % rank for dim in arguments(node)[1]]
+    first, second = (0, rank - 1) if node.target is aten.t.default else arguments(node)[1:]
+    order[int(first)], order[int(second)] = order[int(second)], order[int(first)]
     return order
 
 
@@ -92,28 +93,29 @@ def through_view(node: fx.Node) -> fx.Node | None:
 
     Elsewhere the rotation stays beside its GEMM, where it becomes part of a quantizer.
     """
-    moved, dim, *rest = node.args
+    moved, dim, *rest = arguments(node)
     assert isinstance(moved, fx.Node) and isinstance(dim, int)
     if moved.target not in VIEWS or moved.kwargs or dim != tensor(moved).dim() - 1:
         return None
     if tensor(node).shape[-1] != tensor(moved).shape[-1] or not _inverse_behind_views(node):
         return None
-    source = moved.args[0]
+    source = arguments(moved)[0]
     assert isinstance(source, fx.Node)
     last = tensor(source).dim() - 1
     rotated = create(node.graph, node.target, (source, last, *rest), node)
-    return create(node.graph, moved.target, (rotated, moved.args[1]), node)
+    return create(node.graph, moved.target, (rotated, arguments(moved)[1]), node)
 
 
 def _inverse_behind_views(node: fx.Node) -> bool:
     """Whether behind views that keep the last dim whole stands this rotation's inverse."""
     inverse = ops.unrotate if node.target is ops.rotate else ops.rotate
-    source = node.args[0]
+    source = arguments(node)[0]
     while isinstance(source, fx.Node) and source.target in VIEWS:
-        inner = source.args[0]
-        if not keeps_last_dim(inner, source):  # type: ignore[arg-type]
+        inner = arguments(source)[0]
+        if not keeps_last_dim(inner, source):
             return False
         source = inner
     if not isinstance(source, fx.Node) or source.target is not inverse:
         return False
-    return source.args[1] == tensor(source).dim() - 1 and source.args[2] == node.args[2]
+    dim, rotation = arguments(source)[1:3]
+    return bool(dim == tensor(source).dim() - 1 and rotation == arguments(node)[2])

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from hadagraph import ops
-from hadagraph.graph import calls, create, outputs_of
+from hadagraph.graph import arguments, calls, create, outputs_of
 from hadagraph.region import Region
 
 GEMMS = (ops.scaled_mm, ops.scaled_mm_measured)
@@ -29,9 +29,9 @@ def fuse(graph: fx.Graph) -> tuple[Region, ...]:
 
 def _narrow(node: fx.Node) -> None:
     graph = node.graph
-    read = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    read = {arguments(user)[1]: user for user in node.users if user.target is operator.getitem}
     live = {index for index, user in read.items() if user.users}
-    x, rows, columns = node.args
+    x, rows, columns = arguments(node)
     if not live or (live & {0, 1} and live & {2, 3}):
         return
     first, target, encoding = (
@@ -60,7 +60,7 @@ def _region(node: fx.Node) -> Region:
 def _producers(node: fx.Node) -> tuple[str, ...]:
     """The chain of single-use pointwise nodes that ends in the quantizer's input."""
     chain = []
-    current = node.args[0]
+    current = arguments(node)[0]
     while isinstance(current, fx.Node) and len(current.users) == 1 and _is_pointwise(current):
         chain.append(current.name)
         inputs = [n for n in current.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import fx
 
 from hadagraph import ops
-from hadagraph.graph import create, gemms
+from hadagraph.graph import arguments, create, gemms
 from hadagraph.plan import Plan
 
 
@@ -21,7 +21,7 @@ def insert_rotations(graph: fx.Graph, plan: Plan) -> None:
         if decision is None or decision.lhs is None or decision.lhs.rotation is None:
             continue
         rotation = str(decision.lhs.rotation)
-        lhs, rhs, bias = node.args
+        lhs, rhs, bias = arguments(node)
         with graph.inserting_before(node):
             rotated_lhs = create(graph, ops.rotate, (lhs, 1, rotation), node)
             rotated_rhs = create(graph, ops.rotate, (rhs, 1, rotation), node)

@@ -22,6 +22,7 @@ from hadagraph.graph import (
     CASTS,
     TRANSPOSES,
     VIEWS,
+    arguments,
     aten,
     backward_nodes,
     create,
@@ -93,11 +94,11 @@ def _uses(node: fx.Node, decision: Decision) -> list[Use]:
 
 
 def _use(node: fx.Node, side: int, plan: OperandPlan, named: str) -> Use:
-    seen = operand(node.args[side])  # type: ignore[arg-type]
+    seen = operand(arguments(node)[side])
     source = seen.base
     if plan.rotation is not None:
-        assert source.target is ops.rotate and source.args[1] == seen.contracted_dim, source
-        source = source.args[0]  # type: ignore[assignment]
+        assert source.target is ops.rotate and arguments(source)[1] == seen.contracted_dim, source
+        source = arguments(source)[0]
     return Use(node, side, source, seen.contracted_dim, plan.encoding, named)
 
 
@@ -187,7 +188,7 @@ class _Quantizer:
 def _from_placeholder(node: fx.Node) -> bool:
     """Whether a tensor is a graph input behind casts, views and transposes only."""
     while node.op == "call_function" and node.target in (*CASTS, *VIEWS, *TRANSPOSES):
-        node = node.args[0]  # type: ignore[assignment]
+        node = arguments(node)[0]
     return node.op == "placeholder"
 
 
@@ -201,7 +202,7 @@ def _saved_anyway(node: fx.Node, backward: frozenset[fx.Node]) -> bool:
             return True
         if node.target not in (*VIEWS, *TRANSPOSES, aten.clone.default):
             return False
-        node = node.args[0]  # type: ignore[assignment]
+        node = arguments(node)[0]
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -222,13 +223,13 @@ def _recompute_casts(node: fx.Node) -> None:
     """Cast a parameter again in the backward rather than save the cast (autocast)."""
     while node.op == "call_function" and node.target in (*CASTS, *VIEWS, *TRANSPOSES):
         node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
-        node = node.args[0]  # type: ignore[assignment]
+        node = arguments(node)[0]
 
 
 def _scaled_mm(node: fx.Node, left: Quantized, right: Quantized, measured: str | None) -> fx.Node:
     """gemm(lhs, rhs, bias) -> scaled_mm of the operands' codes."""
     dtype = tensor(node).dtype
-    codes = (left.codes, right.codes, left.scale, right.scale, node.args[2], dtype)
+    codes = (left.codes, right.codes, left.scale, right.scale, arguments(node)[2], dtype)
     if measured is None:
         return create(node.graph, ops.scaled_mm, codes, node)
     plain = [_without_rotation(node, side) for side in (0, 1)]
@@ -237,8 +238,8 @@ def _scaled_mm(node: fx.Node, left: Quantized, right: Quantized, measured: str |
 
 def _without_rotation(node: fx.Node, side: int) -> fx.Node:
     """The GEMM's operand [kept, contracted] as it was before insert_rotations."""
-    seen = operand(node.args[side])  # type: ignore[arg-type]
-    base = seen.base.args[0] if seen.base.target is ops.rotate else seen.base
+    seen = operand(arguments(node)[side])
+    base = arguments(seen.base)[0] if seen.base.target is ops.rotate else seen.base
     assert isinstance(base, fx.Node)
     if seen.contracted_dim == ROWS:
         return base
@@ -247,7 +248,7 @@ def _without_rotation(node: fx.Node, side: int) -> fx.Node:
 
 def _high_precision(node: fx.Node) -> fx.Node:
     """gemm(lhs, rhs, bias) -> mm(lhs, rhs^T) or addmm(bias, lhs, rhs^T)."""
-    lhs, rhs, bias = node.args
+    lhs, rhs, bias = arguments(node)
     assert isinstance(rhs, fx.Node)
     seen = operand(rhs)
     b = seen.base

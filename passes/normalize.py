@@ -14,7 +14,7 @@ import logging
 from torch import fx
 
 from hadagraph import ops
-from hadagraph.graph import TRANSPOSES, VIEWS, aten, create, operand, tensor
+from hadagraph.graph import TRANSPOSES, VIEWS, arguments, aten, create, operand, tensor
 from hadagraph.rewrite import apply_rules, merge_duplicates
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def mm_to_gemm(node: fx.Node) -> fx.Node | None:
     """mm(a[M, C], b[C, N]) -> gemm(a, b^T)."""
     if node.kwargs or not _floating(node):
         return None
-    a, b = node.args
+    a, b = arguments(node)
     assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
     return create(node.graph, ops.gemm, (a, _transposed(b, node), None), node)
 
@@ -43,12 +43,12 @@ def addmm_to_gemm(node: fx.Node) -> fx.Node | None:
     if scaled or set(node.kwargs) - {"alpha", "beta"} or not _floating(node):
         log.info("%s stays an addmm: kwargs %s", node.name, dict(node.kwargs))
         return None
-    bias, a, b = node.args
+    bias, a, b = arguments(node)
     assert all(isinstance(arg, fx.Node) for arg in (bias, a, b))
-    if tensor(bias).dim() != 1 or str(tensor(bias).shape[0]) != str(tensor(node).shape[1]):  # type: ignore[arg-type]
+    if tensor(bias).dim() != 1 or str(tensor(bias).shape[0]) != str(tensor(node).shape[1]):
         log.info("%s stays an addmm: its bias is not one number a column", node.name)
         return None
-    return create(node.graph, ops.gemm, (a, _transposed(b, node), bias), node)  # type: ignore[arg-type]
+    return create(node.graph, ops.gemm, (a, _transposed(b, node), bias), node)
 
 
 def _floating(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ from hadagraph.config import Config
 from hadagraph.formats import format_named
 from hadagraph.graph import (
     Operand,
+    arguments,
     aten,
     backward_nodes,
     gemms,
@@ -77,7 +78,7 @@ def group_linears(graph: fx.Graph) -> list[Gemm]:
     by_operand: dict[Operand, list[Gemm]] = defaultdict(list)
     found = []
     for node in gemms(graph):
-        lhs, rhs = (operand(arg) for arg in node.args[:2])  # type: ignore[arg-type]
+        lhs, rhs = (operand(arg) for arg in arguments(node)[:2])
         if node not in backward:
             gemm = Gemm(node, lhs, rhs, "output", None)
             forward.append(gemm)
@@ -127,7 +128,7 @@ def _sites(found: list[Gemm]) -> list[GemmSite]:
 
 
 def _site(gemm: Gemm, name: str) -> GemmSite:
-    lhs, rhs = (tensor(arg) for arg in gemm.node.args[:2])  # type: ignore[arg-type]
+    lhs, rhs = (tensor(arg) for arg in arguments(gemm.node)[:2])
     left, right = OPERANDS.get(gemm.role or "", ("left", "right"))
     if gemm.role == "grad_weight" and _is_input_on_the_left(gemm):
         left, right = right, left
@@ -147,7 +148,7 @@ def _site(gemm: Gemm, name: str) -> GemmSite:
 def _is_input_on_the_left(gemm: Gemm) -> bool:
     """Whether a grad_weight GEMM computes X^T E (the transposed gradient) rather than E^T X."""
     assert gemm.forward is not None
-    return operand(gemm.forward.args[0]).base is gemm.lhs.base  # type: ignore[arg-type]
+    return operand(arguments(gemm.forward)[0]).base is gemm.lhs.base
 
 
 def _decide(
@@ -175,7 +176,7 @@ def _decide(
             )
     if site.lhs == "input" and site.role == "grad_weight":
         pair = pair[1], pair[0]
-    contracted = tensor(gemm.node.args[0]).shape[1]  # type: ignore[arg-type]
+    contracted = tensor(arguments(gemm.node)[0]).shape[1]
     left, right = (_operand_plan(rule, contracted) for rule in pair)
     return Decision(site, _with_saved(left, site.lhs, site), _with_saved(right, site.rhs, site))
 
@@ -192,15 +193,16 @@ def _with_saved(plan: OperandPlan, named: str, site: GemmSite) -> OperandPlan:
 def _operand_plan(rule: OperandRule, contracted: int | torch.SymInt) -> OperandPlan:
     rotation = None
     if rule.max_block is not None:
-        static = isinstance(contracted, int)
-        block = block_for(contracted, rule.max_block) if static else DYNAMIC_BLOCK
+        block = DYNAMIC_BLOCK
+        if isinstance(contracted, int):
+            block = block_for(contracted, rule.max_block)
         rotation = Rotation(block, rule.signs)
     return OperandPlan(rule.format, rule.granularity, rotation)
 
 
 def _structural_reason(gemm: Gemm, config: Config) -> str | None:
     """Why this GEMM cannot be lowered, whatever the recipe."""
-    lhs, rhs = (tensor(arg) for arg in gemm.node.args[:2])  # type: ignore[arg-type]
+    lhs, rhs = (tensor(arg) for arg in arguments(gemm.node)[:2])
     if gemm.role is None:
         return "a backward GEMM that belongs to no forward GEMM"
     if lhs.dtype not in INPUT_DTYPES or rhs.dtype != lhs.dtype:
@@ -228,7 +230,7 @@ def _kept(gemm: Gemm, site: GemmSite, config: Config, override: str | None) -> s
 
 def _is_tied_head(gemm: Gemm) -> bool:
     forward = gemm.forward or gemm.node
-    weight = layout_source(forward.args[1])  # type: ignore[arg-type]
+    weight = layout_source(arguments(forward)[1])
     return any(user.target is aten.embedding.default for user in weight.users)
 
 
