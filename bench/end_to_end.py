@@ -137,7 +137,7 @@ def run(args: argparse.Namespace, console: Console) -> list[Result]:
     """All variants; a failing one is reported and left out."""
     # All variants stay compiled side by side, so that the rounds can interleave.
     torch._dynamo.config.recompile_limit = 64
-    chosen = {name: make for name, make in variants().items() if args.only in name or not args.only}
+    chosen = {name: make for name, make in variants().items() if name in args.variants}
     prepared: list[tuple[Step, Result]] = []
     want: torch.Tensor | None = None
     for name, make in chosen.items():
@@ -216,7 +216,8 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved over the variants")
     parser.add_argument("--repeats", type=int, default=5, help="steps timed together in a round")
-    parser.add_argument("--only", default="", help="variants whose name contains this")
+    names = list(variants())
+    parser.add_argument("--variants", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     args = parser.parse_args()
     console = Console(width=120)

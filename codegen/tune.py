@@ -112,7 +112,6 @@ TILES: dict[str, dict[str, tuple[TilesConfig, ...]]] = {
         "plain": (_ONES,),
         "rotated": (TilesConfig(_FOUR, _FOUR), _ONES),
         "rotated_both": (
-            TilesConfig(_FOUR, _FOUR_TMA),
             TilesConfig(_FOUR, _FOUR_128_REGISTERS),
             _ONES,
         ),
@@ -126,6 +125,7 @@ TILES: dict[str, dict[str, tuple[TilesConfig, ...]]] = {
 }
 TILES_RACED: dict[str, tuple[TilesConfig, ...]] = {
     "sm_90": (
+        TilesConfig(_FOUR, _FOUR_TMA),
         TilesConfig(_FOUR, _ONE),
         TilesConfig(PassConfig(8, 8, 2), PassConfig(8, 8, 1, descriptors=True)),
         TilesConfig(PassConfig(4, 8, 1), PassConfig(1, 8, 1, descriptors=True)),
@@ -147,7 +147,7 @@ _SM_100 = (
 # Hopper's int8 product is waited for in every step: two programs an SM fill each other's gaps,
 # which the 4-warp tile with three stages allows. fp8 is not waited for and takes the large tile.
 _HOPPER = (
-    MmConfig(128, 128, 128, 4, 3, True),
+    MmConfig(128, 128, 128, 4, 3, True, group=16),
     MmConfig(64, 128, 128, 4, 5, True),
     MmConfig(64, 64, 128, 4, 6, True),
 )
@@ -164,7 +164,7 @@ MM_RACED: dict[str, tuple[MmConfig, ...]] = {
         MmConfig(256, 128, 128, 8, 4, True),
         MmConfig(128, 64, 128, 4, 5, True),
         MmConfig(64, 64, 128, 4, 3, True),
-        MmConfig(128, 128, 128, 4, 3, True, group=16),
+        MmConfig(128, 128, 128, 4, 3, True),
         MmConfig(128, 128, 128, 8, 4, False),
     ),
 }
