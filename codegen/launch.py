@@ -111,7 +111,8 @@ def _quantizer(
             turned = _quantizer(x.t(), columns, rows, capability, config)
             return lambda x: turned(x.t())[::-1]
         return lambda x: quantize(x.contiguous(), rows, columns, capability, config)
-    if rows and columns and not both_layouts_in_one(capability, x.element_size()):
+    one_matrix = rows is None or columns is None or rows.rotation in (None, columns.rotation)
+    if rows and columns and not both_layouts_in_one(capability, x.element_size(), one_matrix):
         by_rows = _quantizer(x, rows, None, capability)
         by_columns = _quantizer(x, None, columns, capability, config)
         return lambda x: (by_rows(x)[0], by_columns(x)[1])

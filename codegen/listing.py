@@ -47,7 +47,8 @@ def specs_for(
     stride = strides[0] if strides[1] == 1 else sizes[1]
     aligned = start % DESCRIPTOR_ALIGNMENT == 0
     addressable = tma_addressable(stride, sizes[1], dtype, aligned)
-    if rows and columns and not both_layouts_in_one(capability, dtype.itemsize):
+    one_matrix = rows is None or columns is None or rows.rotation in (None, columns.rotation)
+    if rows and columns and not both_layouts_in_one(capability, dtype.itemsize, one_matrix):
         pairs = [(rows, None), (None, columns)]
     else:
         pairs = [(rows, columns)]

@@ -30,8 +30,6 @@ from hadagraph.rotation import Rotation, block_for
 
 log = logging.getLogger(__name__)
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Tokens are a symbol when shapes are dynamic; then the largest block, with padding.
-DYNAMIC_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,7 @@ def _with_saved(plan: OperandPlan, named: str, site: GemmSite) -> OperandPlan:
 def _operand_plan(rule: OperandRule, contracted: int | torch.SymInt) -> OperandPlan:
     rotation = None
     if rule.max_block is not None:
-        block = DYNAMIC_BLOCK
+        block = rule.max_block  # of a symbolic dim: padding makes any block right
         if isinstance(contracted, int):
             block = block_for(contracted, rule.max_block)
         rotation = Rotation(block, rule.signs)

@@ -127,7 +127,9 @@ def _seconds(seconds: float | None) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
-def _mebibytes(size: int) -> str:
+def _mebibytes(size: int | None) -> str:
+    if size is None:
+        return "-"
     return f"{size / 2**20:.1f} MiB"
 
 

@@ -62,14 +62,15 @@ class Step:
 class RunResult:
     """What one backend did: losses in nats per token, times in seconds, sizes in bytes.
 
-    The peak of GPU memory is that of the warm steps, 0 on a CPU.
+    `saved_bytes` is None where it was not measured. The peak of GPU memory is that of the warm
+    steps, 0 on a CPU.
     """
 
     backend: str
     train_loss: tuple[float, ...]
     held_out: tuple[HeldOut, ...]
     step_s: tuple[float, ...]
-    saved_bytes: int
+    saved_bytes: int | None
     peak_memory_bytes: int
 
     @property
@@ -101,8 +102,12 @@ def train(
     corpus: Corpus,
     settings: Settings,
     on_step: Callable[[int, float], None],
+    measure_saved: bool = True,
 ) -> RunResult:
-    """Train `plain`'s weights through `compiled`, which shares them, starting from a fixed seed."""
+    """Train `plain`'s weights through `compiled`, which shares them, starting from a fixed seed.
+
+    `measure_saved` counts the bytes saved for the backward afterwards, which compiles once more.
+    """
     torch.manual_seed(settings.seed)
     windows = held_out_windows(corpus.held_out, settings.held_out_windows, settings.sequence)
     evaluated = compiled if settings.evaluate == "compiled" else plain
@@ -115,8 +120,10 @@ def train(
         every = settings.evaluate_every
         if done == settings.steps or (every and done % every == 0):
             held_out.append(HeldOut(done, evaluate(evaluated, windows, settings)))
-    ids = next(batches(corpus.train, 1, settings.batch, settings.sequence, settings.seed))
-    saved = saved_for_backward(compiled, ids.to(settings.device), settings)
+    saved: int | None = None
+    if measure_saved:
+        ids = next(batches(corpus.train, 1, settings.batch, settings.sequence, settings.seed))
+        saved = saved_for_backward(compiled, ids.to(settings.device), settings)
     return RunResult(
         backend=backend,
         train_loss=tuple(step.loss for step in steps),

@@ -3,36 +3,41 @@
 import triton
 import triton.language as tl
 
-OPTIONS = {'num_warps': 8, 'num_stages': 1, 'enable_fp_fusion': False}
+OPTIONS = {'num_warps': 8, 'num_stages': 2, 'enable_fp_fusion': False, 'maxnreg': 128}
 SIGNATURE = {
-    "x_descriptor": "tensordesc<bf16[128, 128]>",
+    "x_ptr": "*bf16",
     "matrix_ptr": "*bf16",
     "row_amax_ptr": "*i32",
-    "row_codes_descriptor": "tensordesc<i8[128, 128]>",
+    "row_codes_ptr": "*i8",
     "row_scale_ptr": "*fp32",
     "column_amax_ptr": "*i32",
-    "column_codes_descriptor": "tensordesc<i8[128, 128]>",
+    "column_codes_ptr": "*i8",
     "column_scale_ptr": "*fp32",
     "T": "i32",
     "K": "i32",
+    "x_stride": "i32",
+    "row_codes_stride": "i32",
+    "column_codes_stride": "i32",
 }
 
 
 @triton.jit
 def quantize_rows_int8_h128_columns_int8_h128_bf16(
-    x_descriptor,
+    x_ptr,
     matrix_ptr,
     row_amax_ptr,
-    row_codes_descriptor,
+    row_codes_ptr,
     row_scale_ptr,
     column_amax_ptr,
-    column_codes_descriptor,
+    column_codes_ptr,
     column_scale_ptr,
     T,
     K,
+    x_stride,
+    row_codes_stride,
+    column_codes_stride,
 ):
-    k_start = tl.program_id(0) * 128
-    k = k_start + tl.arange(0, 128)
+    k = tl.program_id(0) * 128 + tl.arange(0, 128)
     i = tl.arange(0, 128)
     matrix = tl.load(matrix_ptr + i[:, None] * 128 + i[None, :])  # [128, 128]
     column_bits = tl.load(column_amax_ptr + k)  # [128]
@@ -43,10 +48,10 @@ def quantize_rows_int8_h128_columns_int8_h128_bf16(
     column_scale = tl.where(column_bits == 0, 1.0, column_scale)
     if tl.program_id(1) == 0:
         tl.store(column_scale_ptr + k, column_scale)
-    for step in tl.range(0, 4, num_stages=1):
-        t_start = (tl.program_id(1) * 4 + step) * 128
-        t = t_start + tl.arange(0, 128)
-        x = x_descriptor.load([t_start, k_start])  # [128 t, 128 k]
+    for step in tl.range(0, 4, num_stages=2):
+        t = (tl.program_id(1) * 4 + step) * 128 + tl.arange(0, 128)
+        x_ptrs = x_ptr + t.to(tl.int64)[:, None] * x_stride + k[None, :]
+        x = tl.load(x_ptrs)  # [128 t, 128 k]
         row_bits = tl.load(row_amax_ptr + t)  # [128]
         row_finite = row_bits < 0x7F800000
         row_amax = tl.maximum(row_bits.to(tl.float32, bitcast=True), 7.888609052210118e-31)
@@ -61,14 +66,16 @@ def quantize_rows_int8_h128_columns_int8_h128_bf16(
         row_codes = tl.where(row_finite[:, None], row_codes, 0).to(tl.int8)
         row_codes = tl.reshape(row_codes, (128, 16, 4, 2))
         row_codes = tl.reshape(tl.permute(row_codes, (0, 2, 1, 3)), (128, 128))
-        row_codes_descriptor.store([t_start, k_start], row_codes)
+        row_codes_ptrs = row_codes_ptr + t.to(tl.int64)[:, None] * row_codes_stride + k[None, :]
+        tl.store(row_codes_ptrs, row_codes)
         column_y = tl.dot(tl.trans(x), matrix)  # [128 k, 128 t] fp32, not normalized
         # the low byte of the sum is the code
         column_codes = (column_y * column_inverse[:, None] + 12582912.0).to(tl.int32, bitcast=True)
         column_codes = tl.where(column_finite[:, None], column_codes, 0).to(tl.int8)
         column_codes = tl.reshape(column_codes, (128, 16, 4, 2))
         column_codes = tl.reshape(tl.permute(column_codes, (0, 2, 1, 3)), (128, 128))
-        column_codes_descriptor.store([k_start, t_start], column_codes)
+        column_codes_ptrs = column_codes_ptr + k.to(tl.int64)[:, None] * column_codes_stride + t[None, :]
+        tl.store(column_codes_ptrs, column_codes)
 
 
 if __name__ == "__main__":  # compiles without a GPU and prints the assembly

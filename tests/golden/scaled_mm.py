@@ -30,7 +30,7 @@ def scaled_mm_int8_bf16(
     BLOCK_M: tl.constexpr = 128
     BLOCK_N: tl.constexpr = 128
     BLOCK_C: tl.constexpr = 128
-    GROUP_M: tl.constexpr = 8  # rows of tiles that share columns in L2
+    GROUP_M: tl.constexpr = 16  # rows of tiles that share columns in L2
     program = tl.program_id(0)
     tiles_n = tl.cdiv(N, BLOCK_N)
     first_m = program // (GROUP_M * tiles_n) * GROUP_M
