@@ -56,9 +56,12 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """One graph with one configuration; reports go to `collector`."""
     session = Session(config, _capability(inputs), collector)
-    if session.capability is not None:
-        launch.prepare(torch.device("cuda", torch.cuda.current_device()))
+    for device in _cuda_devices(inputs):
+        launch.prepare(device)
     if config.executor == "eager":
+        if config.inductor_patches():
+            names = ", ".join(config.inductor_patches())
+            log.warning("executor='eager' runs no compiler and ignores %s", names)
         return _run_eagerly(gm, inputs, session)
     with compat.inductor_config.patch(config.inductor_patches()):
         theirs = compat.inductor_config.joint_custom_pre_pass
@@ -82,12 +85,15 @@ def _as_list(passes: Any) -> list[Any]:
     return list(passes) if isinstance(passes, (list, tuple)) else [passes]
 
 
+def _cuda_devices(inputs: Sequence[Any]) -> list[torch.device]:
+    devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
+    return sorted((d for d in devices if d.type == "cuda"), key=lambda d: d.index)
+
+
 def _capability(inputs: Sequence[Any]) -> tuple[int, int] | None:
-    """The compute capability of the inputs' CUDA device; None on the CPU."""
-    for value in inputs:
-        if isinstance(value, torch.Tensor) and value.device.type == "cuda":
-            return torch.cuda.get_device_capability(value.device)
-    return None
+    """The least compute capability of the inputs' CUDA devices; None on the CPU."""
+    found = [torch.cuda.get_device_capability(device) for device in _cuda_devices(inputs)]
+    return min(found, default=None)
 
 
 class Session:

@@ -37,6 +37,7 @@ __all__ = [
     "detect_fake_mode",
     "get_hash_for_files",
     "inductor_config",
+    "inductor_option_default",
     "inductor_option_names",
     "list_mode_options",
     "min_cut_partition",
@@ -62,6 +63,11 @@ INHERITED_META = (
 def inductor_option_names() -> frozenset[str]:
     """The names of Inductor's own options, as `torch.compile(options=...)` takes them."""
     return frozenset(inductor_config.get_config_copy())
+
+
+def inductor_option_default(name: str) -> Any:
+    """The present value of one of Inductor's options."""
+    return inductor_config.get_config_copy()[name]
 
 
 def min_cut_partition(

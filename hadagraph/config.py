@@ -98,7 +98,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Config
         if name in _TYPES:
             ours[name] = _checked(name, value)
         elif name.replace("-", "_") in inductor_names:
-            inductor[name.replace("-", "_")] = value
+            inductor[name.replace("-", "_")] = _checked_inductor(name.replace("-", "_"), value)
         else:
             raise ValueError(_unknown(name, inductor_names))
     if mode is not None and ours.get("mode") not in (None, mode):
@@ -106,6 +106,8 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Config
     if mode is not None:
         ours["mode"] = mode
     ours.setdefault("dump", os.environ.get("HADAGRAPH_DUMP") or None)
+    if ours["dump"] is not None:
+        _checked_folder(ours["dump"])
     ours.setdefault("debug", os.environ.get("HADAGRAPH_DEBUG", "") not in ("", "0"))
     return Config(**ours, inductor=tuple(sorted(inductor.items(), key=lambda item: item[0])))
 
@@ -124,6 +126,26 @@ def _checked(name: str, value: Any) -> Any:
                 raise ValueError(f"option keep must hold globs, got {pattern!r}")
         return tuple(value)
     return os.fspath(value) if name == "dump" else value
+
+
+def _checked_inductor(name: str, value: Any) -> Any:
+    default = compat.inductor_option_default(name)
+    if default is not None and type(value) is not type(default):
+        raise ValueError(
+            f"option {name} of Inductor must be {type(default).__name__}, "
+            f"got {type(value).__name__}: {value!r}"
+        )
+    return value
+
+
+def _checked_folder(path: str) -> str:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"option dump must be a folder that can be made, got {path!r}: {error.strerror}"
+        ) from error
+    return path
 
 
 def _check_override(pattern: str, name: str) -> None:

@@ -3,7 +3,9 @@ aside without caches. Changes neither the model nor what is compiled already."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +62,8 @@ def measure_sqnr(
     operands: role -> site -> dB.
 
     `loss` makes a scalar of the model's output (by default its `.loss`, or the output itself if it
-    is a scalar; ValueError otherwise). Parameters' gradients are left as they were.
+    is a scalar; ValueError otherwise). Parameters' gradients are left as they were; without a
+    parameter or an input that requires one, only the forward is measured.
     """
     config = parse_options(None, {**_eager(options), "measure": True})
     ops.MEASURED.clear()
@@ -68,8 +71,10 @@ def measure_sqnr(
     scalar = loss(output) if loss is not None else getattr(output, "loss", output)
     if not isinstance(scalar, torch.Tensor) or scalar.numel() != 1:
         raise ValueError("measure_sqnr: the model's output is no scalar; pass loss=function")
-    leaves = [p for p in getattr(model, "parameters", list)() if p.requires_grad]
-    torch.autograd.grad(scalar, leaves, allow_unused=True)
+    given = [*getattr(model, "parameters", list)(), *inputs, *kwargs.values()]
+    leaves = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
+    if leaves:
+        torch.autograd.grad(scalar, leaves, allow_unused=True)
     found: dict[str, dict[str, float]] = {role: {} for role in ROLES}
     for name, decibels in ops.MEASURED.items():
         site, _, role = name.rpartition(":")
@@ -89,7 +94,29 @@ def _run_once(
     def backend(gm: torch.fx.GraphModule, example: Any) -> Callable[..., Any]:
         return compile_graph(gm, example, config, collector)
 
+    def call(*inputs: Any, **kwargs: Any) -> Any:
+        return model(*inputs, **kwargs)
+
+    # Compiled code is kept by code object: on one of its own it uses up no recompilation of the
+    # model's.
+    own = types.FunctionType(
+        call.__code__.replace(), globals(), "call", call.__defaults__, call.__closure__
+    )
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), compat.without_caches():
-        output = torch.compile(model, backend=backend)(*inputs, **kwargs)
+    with torch.random.fork_rng(devices=devices), compat.without_caches(), _same_buffers(model):
+        output = torch.compile(own, backend=backend)(*inputs, **kwargs)
     return collector, output
+
+
+@contextmanager
+def _same_buffers(model: Callable[..., Any]) -> Iterator[None]:
+    """Put the module's buffers (running statistics, caches) back afterwards."""
+    buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, old in zip(buffers, before, strict=True):
+                if not torch.equal(buffer, old):
+                    buffer.copy_(old)

@@ -135,15 +135,22 @@ def calls(graph: fx.Graph, targets: Sequence[Any]) -> list[fx.Node]:
 _MODULE_STEP = re.compile(r"\['([^']+)'\]|\[?(\d+)\]?|([A-Za-z_]\w*)")
 
 
+# How a frame reaches the model: a local, a global, a closure's cell, a bound method.
+_ROOT = re.compile(
+    r"^(?:G\['__import_[^']*'\]\.\w+|[LG]\['[^']+'\])?"
+    r"(?:\.?(?:__closure__\[\d+\]\.cell_contents|__self__|_orig_mod))*\.?"
+)
+
+
 def module_path(node: fx.Node) -> str:
     """The dotted path of the innermost module a node comes from, or "" when none is known."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if not stack:
         return ""
     innermost = list(stack.values())[-1][0]
-    path = re.sub(r"^L\['(self|[A-Za-z_]\w*)'\]\.?", "", str(innermost))
+    path = _ROOT.sub("", str(innermost))
     steps = [a or b or c for a, b, c in _MODULE_STEP.findall(path)]
-    return ".".join(step for step in steps if step not in ("_modules", "_orig_mod", "L"))
+    return ".".join(step for step in steps if step not in ("_modules", "_orig_mod"))
 
 
 def replace(node: fx.Node, replacement: fx.Node) -> None:

@@ -112,7 +112,8 @@ def scaled_mm_reference(
     if a.dtype == torch.int8:
         accumulated = _exact_int8_mm(a, b)
     else:
-        accumulated = a.float() @ b.float().t()
+        with torch.autocast(a.device.type, enabled=False):
+            accumulated = a.float() @ b.float().t()
     out = accumulated * a_scale[:, None] * b_scale[None, :]
     if bias is not None:
         out = out + bias.float()

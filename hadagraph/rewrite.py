@@ -40,7 +40,7 @@ def apply_rules(graph: fx.Graph, rules: Mapping[Any, Sequence[Rule]]) -> int:
 def merge_duplicates(graph: fx.Graph, targets: Sequence[Any]) -> int:
     """f(x), ..., f(x) -> one f(x), for side-effect-free ops of these targets with equal arguments.
 
-    Only nodes of the same phase merge: a forward and a backward copy keep their partitioner tags.
+    The later one gives way to the earlier. Nodes under different checkpointing tags stay apart.
     """
     first: dict[Any, fx.Node] = {}
     merged = 0

@@ -156,11 +156,13 @@ def _apply_blockwise(
     if padded != size:
         after = x.dim() - 1 - dim
         x = torch.nn.functional.pad(x, (0, 0) * after + (0, padded - size))
-    if dim == x.dim() - 1:
-        y = x.unflatten(dim, (padded // block, block)) @ matrix
-    else:
-        # [..., blocks, block, rest]: multiplied from the left, so that nothing is transposed.
-        y = matrix.t() @ x.unflatten(dim, (padded // block, block)).flatten(dim + 2)
+    blocks = x.unflatten(dim, (padded // block, block))
+    with torch.autocast(x.device.type, enabled=False):
+        if dim == x.dim() - 1:
+            y = blocks @ matrix
+        else:
+            # [..., blocks, block, rest]: multiplied from the left, so that nothing is transposed.
+            y = matrix.t() @ blocks.flatten(dim + 2)
     if normalize:
         y = y * block**-0.5
     return y.reshape(x.shape)

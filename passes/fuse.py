@@ -63,7 +63,7 @@ def _producers(node: fx.Node) -> tuple[str, ...]:
     current = arguments(node)[0]
     while isinstance(current, fx.Node) and len(current.users) == 1 and _is_pointwise(current):
         chain.append(current.name)
-        inputs = [n for n in current.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
+        inputs = [n for n in current.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
         current = inputs[0] if len(inputs) == 1 else None
     return tuple(reversed(chain))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
@@ -157,7 +158,7 @@ class _Quantizer:
         like = self._first(rows + columns)
         with self.graph.inserting_before(like):
             args = (source, str(rows[0].encoding), str(columns[0].encoding))
-            node = create(self.graph, ops.quantize_both, args, like)
+            node = _create_quantizer(self.graph, ops.quantize_both, args, like)
         outputs = outputs_of(self.graph, node, 4)
         self._assign(rows, Quantized(*outputs[:2]))
         self._assign(columns, Quantized(*outputs[2:]))
@@ -171,11 +172,11 @@ class _Quantizer:
             and self._recomputable(source, uses)
         )
         with self.graph.inserting_before(like):
-            node = create(self.graph, target, (source, str(uses[0].encoding)), like)
+            node = _create_quantizer(self.graph, target, (source, str(uses[0].encoding)), like)
         outputs = outputs_of(self.graph, node, 2)
         if recompute:
             for made in (node, *outputs):
-                made.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+                made.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
             _recompute_casts(source)
             self.recomputed.update(use.gemm.name for use in uses)
         self._assign(uses, Quantized(*outputs))
@@ -183,6 +184,17 @@ class _Quantizer:
     def _assign(self, uses: list[Use], quantized: Quantized) -> None:
         for use in uses:
             self.result[use.gemm, use.side] = quantized
+
+
+def _create_quantizer(
+    graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node
+) -> fx.Node:
+    """A quantizing op in the place of a GEMM's operand. A policy that saves the GEMM's output says
+    nothing of its operands: those are recomputed, as without us."""
+    node = create(graph, target, args, like)
+    if node.meta.get("recompute") in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE):
+        node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+    return node
 
 
 def _from_placeholder(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ import fnmatch
 import logging
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,6 +19,7 @@ from hadagraph.graph import (
     arguments,
     aten,
     backward_nodes,
+    calls,
     gemms,
     layout_source,
     module_path,
@@ -29,6 +31,13 @@ from hadagraph.recipes import OPERANDS, OperandRule, Recipe, recipe_named
 from hadagraph.rotation import Rotation, block_for
 
 log = logging.getLogger(__name__)
+_NOT_OURS = "not a plain product of two floating-point matrices"
+REASONS: dict[Any, str] = {
+    aten.mm.default: _NOT_OURS,
+    aten.addmm.default: "addmm with alpha, beta or a bias that is not one number a column",
+    aten.bmm.default: "a batched matmul; attention is recognized by Inductor from it",
+    aten.baddbmm.default: "a batched matmul; attention is recognized by Inductor from it",
+}
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -57,10 +66,13 @@ def plan_precision(
     )
     decisions = []
     for gemm, site in zip(found, _sites(found), strict=True):
-        decision = _decide(gemm, site, config, training, capability)
+        decisions.append(_decide(gemm, site, config, training, capability))
+    _warn_of_idle_overrides(config, [decision.site for decision in decisions])
+    decisions += _left_alone(graph)
+    for decision in decisions:
         if decision.reason:
-            log.info("%s %s stays in high precision: %s", site.name, site.role, decision.reason)
-        decisions.append(decision)
+            name, role = decision.site.name, decision.site.role
+            log.info("%s %s stays in high precision: %s", name, role, decision.reason)
     return Plan(config.recipe, tuple(decisions))
 
 
@@ -106,29 +118,29 @@ def _gradient(
 
 
 def _sites(found: list[Gemm]) -> list[GemmSite]:
-    """Sites with unique names: the module path, with a number where a module has several GEMMs of
-    one role."""
-    paths = {gemm.node: module_path(gemm.forward or gemm.node) for gemm in found}
-    total = Counter((paths[gemm.node], gemm.role) for gemm in found)
+    """Sites, no two alike in name and role: the module path, with a number where a module has
+    several forward GEMMs. A gradient has the name of its forward GEMM."""
+    owners = [gemm.forward or gemm.node for gemm in found]
+    paths = {owner: module_path(owner) for owner in owners}
+    by_path: dict[str, list[fx.Node]] = defaultdict(list)
+    for owner, path in paths.items():
+        by_path[path].append(owner)
     seen: Counter[tuple[str, str | None]] = Counter()
-    numbers: dict[fx.Node, int] = {}
     sites = []
-    for gemm in found:
-        key = (paths[gemm.node], gemm.role)
-        # A gradient takes the number of its forward GEMM, so that the three read alike.
-        number = numbers.get(gemm.forward) if gemm.forward else None
-        number = seen[key] if number is None else number
-        seen[key] += 1
-        numbers[gemm.node] = number
-        suffix = f"#{number}" if total[key] > 1 else ""
-        sites.append(_site(gemm, paths[gemm.node] + suffix))
+    for gemm, owner in zip(found, owners, strict=True):
+        same = by_path[paths[owner]]
+        name = paths[owner] + (f"#{same.index(owner)}" if len(same) > 1 else "")
+        seen[name, gemm.role] += 1
+        if (again := seen[name, gemm.role]) > 1:
+            name += f"#{again}"
+        sites.append(_site(gemm, name))
     return sites
 
 
 def _site(gemm: Gemm, name: str) -> GemmSite:
     lhs, rhs = (tensor(arg) for arg in arguments(gemm.node)[:2])
     left, right = OPERANDS.get(gemm.role or "", ("left", "right"))
-    if gemm.role == "grad_weight" and _is_input_on_the_left(gemm):
+    if _is_transposed_gradient(gemm):
         left, right = right, left
     return GemmSite(
         name=name,
@@ -143,10 +155,43 @@ def _site(gemm: Gemm, name: str) -> GemmSite:
     )
 
 
-def _is_input_on_the_left(gemm: Gemm) -> bool:
-    """Whether a grad_weight GEMM computes X^T E (the transposed gradient) rather than E^T X."""
-    assert gemm.forward is not None
-    return operand(arguments(gemm.forward)[0]).base is gemm.lhs.base
+def _is_transposed_gradient(gemm: Gemm) -> bool:
+    """Whether a gradient GEMM computes the transpose, with the output's gradient on the right, as
+    autograd does for column-major operands: X^T E for E^T X, or W^T E^T for E W."""
+    if gemm.forward is None:
+        return False
+    side = 1 if gemm.role == "grad_input" else 0
+    return operand(arguments(gemm.forward)[side]).base is gemm.lhs.base
+
+
+def _left_alone(graph: fx.Graph) -> list[Decision]:
+    """The matmuls that are no GEMM of ours, each with its reason."""
+    decisions = []
+    for node in calls(graph, tuple(REASONS)):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        site = GemmSite(
+            name=module_path(node),
+            role=getattr(node.target, "_opname", ""),
+            node=node.name,
+            m=str(value.shape[-2]),
+            n=str(value.shape[-1]),
+            c=str(tensor(arguments(node)[-1]).shape[-2]),
+            dtype=str(value.dtype).removeprefix("torch."),
+            lhs="left",
+            rhs="right",
+        )
+        decisions.append(Decision(site, reason=REASONS[node.target]))
+    return decisions
+
+
+def _warn_of_idle_overrides(config: Config, sites: list[GemmSite]) -> None:
+    for pattern, _ in config.overrides:
+        module, colon, _ = pattern.rpartition(":")
+        paths = {site.name.partition("#")[0] for site in sites}
+        if sites and not any(fnmatch.fnmatchcase(p, module if colon else pattern) for p in paths):
+            log.warning("overrides[%r] matches no GEMM of this graph", pattern)
 
 
 def _decide(
@@ -172,7 +217,7 @@ def _decide(
             return Decision(
                 site, reason=f"{rule.format} needs compute capability {needed}, have {capability}"
             )
-    if site.lhs == "input" and site.role == "grad_weight":
+    if _is_transposed_gradient(gemm):
         pair = pair[1], pair[0]
     contracted = tensor(arguments(gemm.node)[0]).shape[1]
     left, right = (_operand_plan(rule, contracted) for rule in pair)

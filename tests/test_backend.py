@@ -296,3 +296,90 @@ def test_measured_sqnr_of_every_gemm():
     assert len(values) == 42
     # 8 bits, normal-like data: about 38-42 dB a GEMM with rotation.
     assert min(values) > 30 and max(values) < 60
+
+
+def test_explaining_often_leaves_the_model_and_its_compilation_alone():
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32)), torch.randn(64, 32)
+    for _ in range(12):
+        assert hadagraph.explain(model, x).reports
+    assert model[1].num_batches_tracked == 0 and not model[1].running_mean.any()
+    torch.compile(model, backend="hadagraph", options=EAGER)(x)
+    assert len(hadagraph.report()) == 1
+
+
+def test_measuring_without_anything_to_train():
+    model, x = Mlp().requires_grad_(False), torch.randn(32, 48)
+    measured = hadagraph.measure_sqnr(model, x, loss=torch.sum)
+    assert len(measured["output"]) == 3 and not measured["grad_input"]
+
+
+def test_formats_follow_the_operand_when_the_gradient_comes_transposed():
+    """For a column-major input autograd computes (W E^T)^T: the weight is on the left there."""
+    weight = torch.randn(64, 48, requires_grad=True)
+    x = torch.randn(64, 32, requires_grad=True)
+    (report,) = hadagraph.explain(
+        lambda x, w: (x.t() @ w).sin(), x, weight, options={"recipe": "fp8_tensorwise"}
+    ).reports
+    for decision in report.plan.decisions:
+        for named, plan in ((decision.site.lhs, decision.lhs), (decision.site.rhs, decision.rhs)):
+            assert plan.format == ("fp8_e5m2" if named == "grad_output" else "fp8_e4m3")
+    sources = {shared.source: shared.quantizer for shared in report.shared}
+    assert {"primals_1", "primals_2"} <= set(sources)
+
+
+def test_a_model_reached_as_a_global_has_the_same_names():
+    global MODEL
+    MODEL = nn.Sequential(nn.Linear(32, 32))
+
+    def step(x):
+        return MODEL(x)
+
+    (report,) = hadagraph.explain(step, torch.randn(16, 32)).reports
+    assert {site.name for site in report.sites} == {"0"}
+
+
+def test_sites_are_unique():
+    def model(x):
+        return (x @ x.t()).sin() + (x @ x.t()).cos()
+
+    x = torch.randn(32, 32, requires_grad=True)
+    (report,) = hadagraph.explain(model, x).reports
+    keys = [(site.name, site.role) for site in report.sites]
+    assert len(keys) == len(set(keys))
+
+
+def test_an_override_that_matches_nothing_is_warned_of(caplog):
+    with caplog.at_level(logging.WARNING, logger="hadagraph"):
+        hadagraph.explain(Mlp(), torch.randn(32, 48), options={"overrides": {"*.q_prj": "bf16"}})
+    assert "overrides['*.q_prj'] matches no GEMM" in caplog.text
+
+
+def test_a_policy_that_saves_matmuls_saves_no_more_than_their_outputs():
+    from torch.utils.checkpoint import (
+        CheckpointPolicy,
+        checkpoint,
+        create_selective_checkpoint_contexts,
+    )
+
+    def policy(ctx, op, *args, **kwargs):
+        matmuls = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        save = op in matmuls
+        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def contexts():
+        return create_selective_checkpoint_contexts(policy)
+
+    inner = Mlp()
+
+    def model(x):
+        return checkpoint(inner.inner, x, use_reentrant=False, context_fn=contexts)
+
+    x = torch.randn(64, 48, requires_grad=True)
+    compiled = torch.compile(model, backend="hadagraph", options=EAGER)
+    compiled(x).square().sum().backward()
+    got = gradients(inner)
+    inner.inner(x).square().sum().backward()
+    for name, want in gradients(inner).items():
+        assert decibels(got[name], want) > 20, name
+    (report,) = hadagraph.report()
+    assert not [name for name, what, _ in report.saved if what.startswith("int8")]

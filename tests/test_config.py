@@ -156,3 +156,12 @@ def test_the_cache_key_covers_every_option_but_the_dump():
 def test_the_last_override_wins_and_order_is_kept():
     pairs = {"a": "bf16", "b": "fp8_rowwise"}
     assert parse_options(None, {"overrides": pairs}).overrides == tuple(pairs.items())
+
+
+def test_ill_typed_inductor_options_and_impossible_dumps_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="option max_autotune of Inductor must be bool, got str"):
+        parse_options(None, {"max_autotune": "banana"})
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ValueError, match="option dump must be a folder"):
+        parse_options(None, {"dump": str(blocked / "dump")})

@@ -141,3 +141,10 @@ def test_block_for_is_the_largest_that_divides(size, block):
 
 def test_block_for_respects_the_most():
     assert block_for(4096, 32) == 32
+
+
+def test_autocast_does_not_reach_the_reference():
+    x = torch.randn(64, 32)
+    plain = rotate_reference(x, 0, Rotation(32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(rotate_reference(x, 0, Rotation(32)), plain)
