@@ -1,5 +1,5 @@
-"""Draw bench/results/fine_tuning.json: held-out loss of each way of training over the steps, one line
-a seed. Measures nothing."""
+"""Draw bench/results/fine_tuning.json: held-out loss of each way of training over the steps, one
+line a seed. Measures nothing."""
 
 from __future__ import annotations
 
