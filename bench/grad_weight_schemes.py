@@ -24,7 +24,6 @@ import json
 import math
 import statistics
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -912,7 +911,6 @@ class Race:
             except Exception as error:  # noqa: BLE001
                 message = f"{type(error).__name__}: {error}".strip()
                 entry["status"] = f"ERROR: {message.splitlines()[0][:200]}"
-                entry["trace"] = traceback.format_exc()[-3000:]
         entry["seconds"] = round(time.perf_counter() - begin, 2)
         self.usable[name] = entry["status"] == "ok"
         if not self.usable[name] or self.device == "cpu":

@@ -29,7 +29,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs under TRITON_INTERPRET=1")
 SM90 = (9, 0)
 LAYOUTS = ("rows", "columns", "both")
-TMA_CONFIG = tune.tiles_configuration(16384, 4096, True, True, True, SM90)
+TMA_CONFIG = next(c for c in tune.tiles_candidates(SM90) if c.write.descriptors)
 ROTATED, PLAIN = "int8/per_kept_index/h128", "int8/per_kept_index"
 
 
