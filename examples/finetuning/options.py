@@ -25,7 +25,7 @@ class Defaults:
     evaluate_every: int
 
 
-CPU_DEFAULTS = Defaults(30, 1, 128, "fp32", held_out_windows=16, evaluate_every=0)
+CPU_DEFAULTS = Defaults(25, 1, 128, "fp32", held_out_windows=16, evaluate_every=0)
 GPU_DEFAULTS = Defaults(200, 8, 512, "bf16", held_out_windows=64, evaluate_every=50)
 
 
@@ -59,7 +59,7 @@ def parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="finetune", description=description.splitlines()[0])
     parser.add_argument("--model", help="hub id, folder or .gguf file (default: SmolLM2-135M)")
     parser.add_argument("--text", help="a text file or a folder of .txt (default: Shakespeare)")
-    parser.add_argument("--steps", type=_count, help="optimizer steps (30 on a CPU, 200 on a GPU)")
+    parser.add_argument("--steps", type=_count, help="optimizer steps (25 on a CPU, 200 on a GPU)")
     parser.add_argument("--recipe", default="int8_rotated", help="hadagraph's recipe (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     parser.add_argument(
