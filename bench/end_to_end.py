@@ -1,179 +1,132 @@
-"""Forward + backward of Llama-shaped blocks: Inductor bf16, torchao float8 and hadagraph, in one
-run and interleaved, with the bytes saved for the backward and the peak memory of a step."""
+"""Forward + backward of Llama-shaped blocks, or with `--whole` a training step of a whole small
+Llama: Inductor bf16, torchao float8 and hadagraph, in one run and interleaved, with the bytes saved
+for the backward and the peak memory of a step.
+
+    python bench/end_to_end.py --out bench/results/end_to_end.json
+    python bench/end_to_end.py --shape llama3-1b --whole --out bench/results/whole_model.json
+
+Whole: embedding, blocks, norm, untied head, cross entropy of bf16 logits made fp32, backward, and a
+fused AdamW on the bf16 parameters, all in the timed step (the optimizer is not compiled).
+"""
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import platform
-import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from llama_blocks import SHAPES, Blocks, linear_flops, make_blocks
+from language_models import MODELS, make_language_model, token_batch
+from llama_blocks import SHAPES, linear_flops, make_blocks
+from record import header, interleaved, median, milliseconds, save
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
-from torch import nn
+from step import Memory, Step, activations, relative_difference
+from variants import BASELINE, Compile, variants
 
-BASELINE = "inductor bf16"
+DEFAULT_BLOCKS = 4
 
 
 @dataclass
 class Result:
-    """One variant: median step in ms with all its rounds, and memory in bytes."""
+    """One variant: its rounds in ms and memory in bytes (see `step.Memory`).
+
+    gradient_error: |its gradients - the first variant's| / |the first's|, at the same weights.
+    """
 
     name: str
     compile_seconds: float
     round_ms: list[float] = field(default_factory=list)
-    saved_bytes: int = 0
-    peak_bytes: int = 0
+    memory: Memory = field(default_factory=Memory)
     gradient_error: float = 0.0
 
     @property
     def ms(self) -> float:
-        return statistics.median(self.round_ms)
+        return median(self.round_ms)
 
 
-def variants() -> dict[str, Callable[[nn.Module], Any]]:
-    """Name -> how to compile a model of bf16 blocks."""
-
-    def ours(recipe: str) -> Callable[[nn.Module], Any]:
-        return lambda model: torch.compile(model, backend="hadagraph", options={"recipe": recipe})
-
-    return {
-        BASELINE: torch.compile,
-        "torchao tensorwise": lambda model: torch.compile(torchao_float8(model, "tensorwise")),
-        "torchao rowwise": lambda model: torch.compile(torchao_float8(model, "rowwise")),
-        "hadagraph int8_rotated": ours("int8_rotated"),
-        "hadagraph fp8_tensorwise": ours("fp8_tensorwise"),
-        "hadagraph fp8_rowwise": ours("fp8_rowwise"),
-    }
-
-
-def torchao_float8(model: nn.Module, recipe: str) -> nn.Module:
-    """The model with torchao's float8 training Linears."""
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
-    config = Float8LinearConfig.from_recipe_name(recipe)
-    return convert_to_float8_training(model, config=config)
-
-
-class Step:
-    """Forward and backward of one compiled variant on fixed inputs."""
-
-    def __init__(self, model: Blocks, compiled: Any, x: torch.Tensor, gradient: torch.Tensor):
-        self.model, self.compiled, self.x, self.gradient = model, compiled, x, gradient
-
-    def __call__(self) -> None:
-        self.compiled(self.x).backward(self.gradient)
-        for parameter in self.model.parameters():
-            parameter.grad = None
-
-    def gradients(self) -> torch.Tensor:
-        """All gradients of one step, as one fp32 vector on the host."""
-        self.compiled(self.x).backward(self.gradient)
-        flat = [p.grad.flatten().float().cpu() for p in self.model.parameters()]
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        return torch.cat(flat)
-
-    def memory(self) -> tuple[int, int]:
-        """Bytes held between forward and backward (the output left out), and the step's peak."""
-        if not torch.cuda.is_available():
-            return 0, 0
-        gc.collect()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        out = self.compiled(self.x)
-        saved = torch.cuda.memory_allocated() - before - out.numel() * out.element_size()
-        out.backward(self.gradient)
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        return saved, peak
-
-
-def timed(step: Step, repeats: int) -> float:
-    """Milliseconds a step, over `repeats` in a row, by device events where there is a device."""
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        for _ in range(repeats):
-            step()
-        return (time.perf_counter() - start) / repeats * 1e3
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    events[0].record()
-    for _ in range(repeats):
-        step()
-    events[1].record()
-    torch.cuda.synchronize()
-    return events[0].elapsed_time(events[1]) / repeats
+def make_step(compile_model: Compile, args: argparse.Namespace) -> Step:
+    """The compiled blocks or model on the device, with its fixed inputs."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.whole:
+        model = make_language_model(args.shape, args.blocks, args.sequence, device, tied=False)
+        inputs = token_batch(args.shape, args.batch, args.sequence, device)
+        return Step(compile_model(model), list(model.parameters()), inputs)
+    blocks = make_blocks(args.shape, args.blocks, args.sequence, device)
+    x, gradient = activations((args.batch, args.sequence, SHAPES[args.shape].width), device)
+    return Step(compile_model(blocks), list(blocks.parameters()), (x,), gradient)
 
 
 def prepare(
-    name: str, compile_model: Callable[[nn.Module], Any], args: argparse.Namespace
-) -> tuple[Step, Result]:
-    """Build, compile and run one variant until it is warm."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = make_blocks(args.shape, args.blocks, args.sequence, device)
-    generator = torch.Generator(device).manual_seed(1)
-    shape = (args.batch, args.sequence, SHAPES[args.shape].width)
-    x = torch.randn(shape, generator=generator, device=device).bfloat16().requires_grad_()
-    gradient = torch.randn(shape, generator=generator, device=device).bfloat16() / 100
-    step = Step(model, compile_model(model), x, gradient)
+    name: str, args: argparse.Namespace, want: list[torch.Tensor] | None
+) -> tuple[Step, Result, list[torch.Tensor]]:
+    """One variant, compiled, compared with the gradients `want`, and warm; and its gradients."""
     start = time.perf_counter()
+    step = make_step(variants()[name], args)
+    got = step.gradients()
+    result = Result(name, time.perf_counter() - start)
+    result.gradient_error = relative_difference(got, want) if want is not None else 0.0
+    if args.whole:
+        # Learning is not what is timed: a rate that leaves bf16 weights sane for any step count.
+        step.optimizer = torch.optim.AdamW(step.parameters, lr=1e-6, fused=True)
     step()
-    timed(step, 2)
-    return step, Result(name, time.perf_counter() - start)
+    milliseconds(step, 2)
+    result.memory = step.memory()
+    return step, result, got
 
 
 def run(args: argparse.Namespace, console: Console) -> list[Result]:
-    """All variants; a failing one is reported and left out."""
+    """All variants; a failing one is reported and left out. Saves after each and each round."""
     # All variants stay compiled side by side, so that the rounds can interleave.
     torch._dynamo.config.recompile_limit = 64
-    chosen = {name: make for name, make in variants().items() if name in args.variants}
-    prepared: list[tuple[Step, Result]] = []
-    want: torch.Tensor | None = None
-    for name, make in chosen.items():
-        try:
-            step, result = prepare(name, make, args)
-        except (ImportError, RuntimeError) as error:
-            console.print(f"[red]{name}: {type(error).__name__}: {str(error)[:300]}[/red]")
-            continue
-        got = step.gradients()
-        want = got if want is None else want
-        result.gradient_error = float((got - want).norm() / want.norm())
-        result.saved_bytes, result.peak_bytes = step.memory()
-        prepared.append((step, result))
-        console.print(f"{name}: ready after {result.compile_seconds:.0f} s")
-    for _ in range(args.rounds):
-        for step, result in prepared:
-            result.round_ms.append(timed(step, args.repeats))
-    return [result for _, result in prepared]
+    steps: dict[str, Step] = {}
+    results: list[Result] = []
+    want: list[torch.Tensor] | None = None
+    with Progress(console=console, transient=True) as progress:
+        for name in progress.track(args.variants, description="variants"):
+            try:
+                steps[name], result, got = prepare(name, args, want)
+            except (ImportError, RuntimeError, ValueError) as error:
+                message = f"{name}: {type(error).__name__}: {str(error)[:300]}"
+                progress.console.print(message, style="red", markup=False)
+                continue
+            want = got if want is None else want
+            results.append(result)
+            progress.console.print(f"{name}: ready after {result.compile_seconds:.0f} s")
+            save(as_json(results, args), args.out)
+        for _ in progress.track(range(args.rounds), description="rounds"):
+            for name, times in interleaved(steps, 1, args.repeats).items():
+                next(r for r in results if r.name == name).round_ms += times
+            save(as_json(results, args), args.out)
+    return results
+
+
+def baseline_of(results: list[Result]) -> Result | None:
+    """Inductor bf16, or the first variant where it was not asked for."""
+    return next((r for r in results if r.name == BASELINE), results[0] if results else None)
 
 
 def table(results: list[Result], args: argparse.Namespace) -> Table:
     """The results beside the baseline."""
-    base = next((r for r in results if r.name == BASELINE), results[0])
-    title = f"{args.blocks} {args.shape} blocks, B={args.batch}, S={args.sequence}"
-    columns = ("", "ms", "x bf16", "saved GiB", "of bf16", "peak GiB", "grad. diff", "compile s")
-    shown = Table(title=title)
-    for column in columns:
+    base = baseline_of(results)
+    what = f"{args.shape} whole, {args.blocks}" if args.whole else f"{args.blocks} {args.shape}"
+    shown = Table(title=f"{what} blocks, B={args.batch}, S={args.sequence}")
+    columns = ("", "ms", "x bf16", "saved GiB", "of bf16", "peak GiB", "of bf16")
+    for column in (*columns, "grad. diff", "compile s"):
         shown.add_column(column, justify="right" if column else "left")
     for r in results:
+        assert base is not None
+        cells = []
+        for bytes_, of in ((r.memory.saved, base.memory.saved), (r.memory.peak, base.memory.peak)):
+            cells += [f"{bytes_ / 2**30:.2f}", f"{bytes_ / max(of, 1):.2f}"]
         shown.add_row(
             r.name,
             f"{r.ms:.1f}",
             f"{base.ms / r.ms:.3f}",
-            f"{r.saved_bytes / 2**30:.2f}",
-            f"{r.saved_bytes / max(base.saved_bytes, 1):.2f}",
-            f"{r.peak_bytes / 2**30:.2f}",
+            *cells,
             f"{r.gradient_error:.4f}",
             f"{r.compile_seconds:.0f}",
         )
@@ -182,36 +135,39 @@ def table(results: list[Result], args: argparse.Namespace) -> Table:
 
 def as_json(results: list[Result], args: argparse.Namespace) -> dict[str, Any]:
     """Everything measured, with device and versions."""
-    import importlib.metadata
-
-    import triton
-
-    cuda = torch.cuda.is_available()
-    base = next((r for r in results if r.name == BASELINE), results[0])
-    try:
-        torchao = importlib.metadata.version("torchao")
-    except importlib.metadata.PackageNotFoundError:
-        torchao = None
-    return {
-        "benchmark": "end_to_end",
-        "device": torch.cuda.get_device_name() if cuda else platform.processor(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "torchao": torchao},
+    base = baseline_of(results)
+    name = "whole_model" if args.whole else "end_to_end"
+    content = header(name, args) | {
         "shape": asdict(SHAPES[args.shape]),
-        "settings": {k: v for k, v in vars(args).items() if k != "out"},
         "linear_flops": linear_flops(args.shape, args.blocks, args.batch * args.sequence),
-        "baseline": base.name,
-        "results": [
-            {**asdict(r), "median_ms": r.ms, "speedup_over_baseline": base.ms / r.ms}
-            for r in results
-        ],
+        "memory_is": " ".join((Memory.__doc__ or "").split()),
+        "baseline": base.name if base else None,
+        "results": [],
     }
+    if args.whole:
+        content["vocabulary"] = MODELS[args.shape].vocabulary
+        content["head"] = "untied, bf16 in every variant, left out of linear_flops"
+        content["optimizer"] = "AdamW, fused, not compiled, state in bf16"
+    for r in results:
+        entry = asdict(r) | {"median_ms": r.ms}
+        if base is not None and r.ms:
+            entry["speedup_over_baseline"] = base.ms / r.ms
+        for key, value in entry.pop("memory").items():
+            of = getattr(base.memory, key) if base else 0
+            entry[f"{key}_bytes"] = value
+            entry[f"{key}_of_baseline"] = value / of if of else None
+        content["results"].append(entry)
+    return content
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama3-8b")
-    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument(
+        "--blocks", type=int, help=f"{DEFAULT_BLOCKS}, or with --whole as many as published"
+    )
+    parser.add_argument("--whole", action="store_true", help="a whole model and its optimizer")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--sequence", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved over the variants")
@@ -220,12 +176,14 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     args = parser.parse_args()
-    console = Console(width=120)
+    if args.whole and args.shape not in MODELS:
+        parser.error(f"--whole --shape {args.shape}: allowed are {', '.join(sorted(MODELS))}")
+    if args.blocks is None:
+        args.blocks = MODELS[args.shape].layers if args.whole else DEFAULT_BLOCKS
+    console = Console(width=130)
     results = run(args, console)
     console.print(table(results, args))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(as_json(results, args), indent=1, default=str) + "\n")
+    save(as_json(results, args), args.out)
 
 
 if __name__ == "__main__":

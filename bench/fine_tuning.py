@@ -2,7 +2,8 @@
 with Inductor, with hadagraph, and with a control that must fail, over several seeds each.
 
 The control trains in bf16, uncompiled, while every Linear's output gradient carries noise 10 dB
-below it: a test that lets it pass proves nothing about the others.
+below it: a test that lets it pass proves nothing about the others. `--memory balanced min` adds
+hadagraph with less saved for the backward, `--option NAME=VALUE` gives every hadagraph an option.
 """
 
 from __future__ import annotations
@@ -81,9 +82,42 @@ def verdict(name: str, runs: list[RunResult], baseline: list[RunResult]) -> Verd
     return Verdict(name, statistics.mean(gaps), difference, max(ends) - min(ends))
 
 
+def named_option(text: str) -> tuple[str, Any]:
+    """`NAME=VALUE` with the value in JSON, or as a string where it is none."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE, such as never_slower=false")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def ways_of_training(ours: argparse.Namespace, recipe: str) -> dict[str, dict[str, Any] | None]:
+    """Name -> hadagraph's options, None for those that do without it; the baseline first."""
+    options = {"recipe": recipe, **dict(ours.option)}
+    ways: dict[str, dict[str, Any] | None] = {INDUCTOR: None, HADAGRAPH: options}
+    for memory in ours.memory:
+        ways[f"{HADAGRAPH}, memory={memory}"] = options | {"memory": memory}
+    return ways if ours.no_control else ways | {CONTROL: None}
+
+
+def compile_way(
+    way: str, hadagraph_options: dict[str, Any] | None, plain: torch.nn.Module, recipe: str
+) -> torch.nn.Module:
+    """`plain` compiled from scratch. The control runs uncompiled: its noise is not worth it."""
+    if way == CONTROL:
+        return plain
+    if hadagraph_options is None:
+        return compile_loss(plain, way, recipe)
+    torch.compiler.reset()
+    compiled: torch.nn.Module = torch.compile(plain, backend=HADAGRAPH, options=hadagraph_options)
+    return compiled
+
+
 def run(
     options: argparse.Namespace,
-    seeds: int,
+    ours: argparse.Namespace,
     console: Console,
     save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
@@ -98,22 +132,22 @@ def run(
     initial = {key: value.clone() for key, value in language.module.state_dict().items()}
     plain = CausalLoss(language.module)
     ids = next(batches(corpus.train, 1, settings.batch, settings.sequence, settings.seed))
+    device_ids = ids.to(settings.device)
     lowering = examine(
-        plain.train(), ids.to(settings.device), settings.recipe, settings.precision()
+        plain.train(), device_ids, settings.recipe, settings.precision(), dict(ours.option)
     )
     console.print(f"errors measured, {time.perf_counter() - started:.0f} s since the start")
     results: dict[str, list[RunResult]] = {}
-    for way in (INDUCTOR, HADAGRAPH, CONTROL):
+    ways = ways_of_training(ours, settings.recipe)
+    for way, hadagraph_options in ways.items():
         results[way] = []
         hooks = add_noise(language.module) if way == CONTROL else []
-        # The control runs uncompiled: its noise is not worth a compilation.
-        compiled = plain if hooks else compile_loss(plain, way, settings.recipe)
-        for seed in range(seeds):
+        compiled = compile_way(way, hadagraph_options, plain, settings.recipe)
+        for seed in range(ours.seeds):
             language.module.load_state_dict(initial)
             chosen = dataclasses.replace(settings, seed=seed)
-            result = train(
-                way, compiled, plain, corpus, chosen, lambda *_: None, measure_saved=False
-            )
+            measure_saved = ours.saved and seed == 0 and way != CONTROL
+            result = train(way, compiled, plain, corpus, chosen, lambda *_: None, measure_saved)
             results[way].append(result)
             console.print(
                 f"{way}, seed {seed}: {result.start:.4f} -> {result.end:.4f}, "
@@ -123,7 +157,8 @@ def run(
             save({"finished": {k: [dataclasses.asdict(r) for r in v] for k, v in results.items()}})
         for hook in hooks:
             hook.remove()
-    return report(settings, language.name, corpus.name, results, lowering.sqnr_db, console)
+    content = report(settings, language.name, corpus.name, results, lowering.sqnr_db, console)
+    return content | {"hadagraph_options": {way: given for way, given in ways.items() if given}}
 
 
 def report(
@@ -140,6 +175,7 @@ def report(
     table = Table(title=f"{model} on {text}, {settings.steps} steps, {settings.dtype}")
     for column in ("", "end, mean", "gap of improvement", "difference", "spread", "parity", "ms"):
         table.add_column(column)
+    table.add_column("saved MiB")
     for way, runs in results.items():
         found = verdicts[way]
         table.add_row(
@@ -150,6 +186,7 @@ def report(
             f"{found.spread:.4f}",
             "baseline" if way == INDUCTOR else ("yes" if found.parity else "NO"),
             f"{1e3 * statistics.median(r.median_step_s or 0 for r in runs):.1f}",
+            "-" if runs[0].saved_bytes is None else f"{runs[0].saved_bytes / 2**20:.1f}",
         )
     console.print(table)
     levels = [level for role in sqnr_db.values() for level in role]
@@ -172,10 +209,22 @@ def report(
 
 
 def main() -> None:
-    """Command line: `--seeds` and `--json` here, everything else as in examples/finetune.py."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (%(default)s)")
-    parser.add_argument("--json", type=Path, help="write the results here")
+    """Command line: what is added here, everything else as in examples/finetune.py."""
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    add = parser.add_argument
+    add("--seeds", type=int, default=3, help="seeds 0, 1, ... (%(default)s)")
+    add("--json", type=Path, help="write the results here")
+    add("--memory", nargs="+", default=[], metavar="M", help="values of hadagraph's option memory")
+    add(
+        "--option",
+        nargs="+",
+        type=named_option,
+        default=[],
+        metavar="NAME=VALUE",
+        help="for every hadagraph; never_slower=false lowers a small model's matmuls too",
+    )
+    add("--saved", action="store_true", help="count the bytes saved for the backward")
+    add("--no-control", action="store_true", help="leave the control out")
     ours, rest = parser.parse_known_args()
 
     def save(content: dict[str, Any]) -> None:
@@ -183,7 +232,7 @@ def main() -> None:
             ours.json.parent.mkdir(parents=True, exist_ok=True)
             ours.json.write_text(json.dumps(content, indent=1) + "\n")
 
-    save(run(parse(__doc__ or "", rest), ours.seeds, Console(width=120), save))
+    save(run(parse(__doc__ or "", rest), ours, Console(width=120), save))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -22,8 +23,9 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from hadagraph import ops
-from hadagraph.codegen import launch, tune
+from hadagraph.codegen import direct, launch, tune
 from hadagraph.codegen.choose import select_quantize
+from hadagraph.codegen.tuned import MmChoice
 from hadagraph.formats import Encoding
 
 QUANTIZER_T = 16384
@@ -86,8 +88,10 @@ def short(config: object) -> str:
     if isinstance(config, tune.MmConfig):
         tile = f"{config.block_m}x{config.block_n}x{config.block_c}"
         group = "" if config.group == 8 else f" g{config.group}"
-        how = "tma" if config.descriptors else "ptr"
+        how = "pingpong" if config.pingpong else "tma" if config.descriptors else "ptr"
         return f"{tile} {config.warps}w {config.stages}s {how}{group}"
+    if isinstance(config, tune.LibraryMm):
+        return f"_scaled_mm {'fast' if config.fast_accumulation else 'slow'} accumulation"
     if isinstance(config, tune.RowsConfig):
         persistent = f" persistent {config.programs_per_sm}" if config.persistent else ""
         order = "" if config.fragment_order else " unordered"
@@ -103,8 +107,8 @@ def short(config: object) -> str:
 
 
 def host_microseconds() -> list[Row]:
-    """Host time of one operator call on a tiny problem, the mean of HOST_CALLS asynchronous ones;
-    torch.mm beside them."""
+    """Host time of one operator call on a tiny problem, the mean of HOST_CALLS asynchronous ones,
+    with kernels launched directly and through Triton; torch.mm beside them."""
     x = torch.randn(256, 256, dtype=torch.bfloat16, device="cuda")
     text = ENCODINGS["int8_rotated"]
     codes, scale = ops.quantize_rows(x, text)
@@ -117,16 +121,24 @@ def host_microseconds() -> list[Row]:
     }
     results = []
     for name, call in calls.items():
-        for _ in range(10):
-            call()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(HOST_CALLS):
-            call()
-        spent = time.perf_counter() - began
-        torch.cuda.synchronize()
-        results.append({"operator": name, "host_us": spent / HOST_CALLS * 1e6})
+        row = {"operator": name, "host_us": _host_us(call)}
+        if name != "torch.mm":
+            with mock.patch.object(direct, "_hooked", return_value=True):
+                row["through_triton_us"] = _host_us(call)
+        results.append(row)
     return results
+
+
+def _host_us(call: Callable[[], object]) -> float:
+    for _ in range(10):
+        call()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(HOST_CALLS):
+        call()
+    spent = time.perf_counter() - began
+    torch.cuda.synchronize()
+    return spent / HOST_CALLS * 1e6
 
 
 def time_quantizer(
@@ -179,10 +191,11 @@ def gemm_calls(M: int, N: int, C: int) -> dict[str, list[Callable[[], object]]]:
     """Baselines and our kernels by name, each on two sets of random operands."""
     capability = torch.cuda.get_device_capability()
     a_scale, b_scale = torch.rand(M, device="cuda"), torch.rand(N, device="cuda")
-    one = torch.ones((), device="cuda")
+    one, ones = torch.ones((), device="cuda"), torch.ones(1, device="cuda")
     bf16, e4m3 = torch.bfloat16, torch.float8_e4m3fn
     row, column = a_scale[:, None], b_scale[None, :]
     fast = {"out_dtype": bf16, "use_fast_accum": True}
+    emitted = tune.scaled_mm_configuration(M, N, False, capability)
     calls: dict[str, list[Callable[[], object]]] = {}
     for _ in range(2):
         a, b = gemm_operands(M, N, C, bf16)
@@ -202,6 +215,15 @@ def gemm_calls(M: int, N: int, C: int) -> dict[str, list[Callable[[], object]]]:
             ),
             "hadagraph fp8_e4m3": lambda a=fa, b=fb: launch.scaled_mm(
                 a, b, a_scale, b_scale, None, bf16, capability
+            ),
+            "hadagraph fp8_e4m3 emitted": lambda a=fa, b=fb: launch.scaled_mm(
+                a, b, a_scale, b_scale, None, bf16, capability, emitted
+            ),
+            "hadagraph fp8_e4m3 tensorwise": lambda a=fa, b=fb: launch.scaled_mm(
+                a, b, ones, ones, None, bf16, capability
+            ),
+            "hadagraph fp8_e4m3 tensorwise emitted": lambda a=fa, b=fb: launch.scaled_mm(
+                a, b, ones, ones, None, bf16, capability, emitted
             ),
         }
         for name, call in table.items():
@@ -246,7 +268,11 @@ def tune_rows(bandwidth: float, repeats: int) -> list[Row]:
     for (M, N, C), dtype in product(TUNED_GEMMS, (torch.int8, torch.float8_e4m3fn)):
         a, b = gemm_operands(M, N, C, dtype)
         scales = torch.rand(M, device="cuda"), torch.rand(N, device="cuda")
-        for config in tune.scaled_mm_candidates(capability):
+        candidates: list[MmChoice] = list(tune.scaled_mm_candidates(capability))
+        if dtype != torch.int8:
+            candidates = [c for c in candidates if not getattr(c, "pingpong", False)]
+            candidates += [tune.LibraryMm(fast) for fast in (True, False)]
+        for config in candidates:
             row: Row = {"M": M, "N": N, "C": C, "dtype": str(dtype)[6:], "config": short(config)}
             try:
                 call = [
@@ -339,7 +365,7 @@ def main() -> None:
     shares = ("of_copy_minimal", "of_copy_scheme")
     show("quantizers", quantizers, ("encoding", "layouts", "T", "K", "ms", *shares))
     show("GEMM", gemms, ("M", "N", "C", "kernel", "ms", "tflops"))
-    show("host time of an operator call", host, ("operator", "host_us"))
+    show("host time of an operator call", host, ("operator", "host_us", "through_triton_us"))
     if options.tune:
         record["tune"] = tune_rows(bandwidth, 5)
         best = winners(record["tune"])

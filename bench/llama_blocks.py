@@ -33,6 +33,9 @@ class BlockShape:
 SHAPES = {
     "llama3-8b": BlockShape(4096, 14336, 32, 8),
     "llama3-1b": BlockShape(2048, 8192, 32, 8),
+    "smollm2-135m": BlockShape(576, 1536, 9, 3),
+    "smollm2-360m": BlockShape(960, 2560, 15, 5),
+    "qwen2.5-0.5b": BlockShape(896, 4864, 14, 2),
     "tiny": BlockShape(64, 160, 4, 2),
 }
 

@@ -12,14 +12,14 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 ROOT = Path(__file__).resolve().parent.parent
-COLOURS = ("#4c72b0", "#dd8452", "#999999")
+COLOURS = ("#4c72b0", "#dd8452", "#999999", "#55a868", "#c44e52")
 
 
 def main() -> None:
     """Write docs/fine_tuning.png."""
     content = json.loads((ROOT / "bench/results/fine_tuning.json").read_text())
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for (way, runs), colour in zip(content["runs"].items(), COLOURS, strict=True):
+    for (way, runs), colour in zip(content["runs"].items(), COLOURS, strict=False):
         for number, run in enumerate(runs):
             points = [(point["step"], point["loss"]) for point in run["held_out"]]
             label = f"{way} ({len(runs)} seed{'s' * (len(runs) > 1)})" if number == 0 else None

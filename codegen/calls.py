@@ -11,54 +11,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hadagraph.codegen.choose import QuantizePlan
+from hadagraph.codegen.direct import Launch, empty, zero_words
 from hadagraph.codegen.matrices import matrix_on
-from hadagraph.codegen.spec import WIDTH, KernelSpec, QuantizeRowsSpec, ScaledMmSpec
+from hadagraph.codegen.spec import WIDTH, GluonMmSpec, KernelSpec, MmSpec, QuantizeRowsSpec
 from hadagraph.codegen.store import kernel_module
+from hadagraph.codegen.tune import LibraryMm
+from hadagraph.compat import library_scaled_mm
 from hadagraph.formats import PER_TENSOR, Encoding, format_named
 from hadagraph.rotation import padded_size
 
 Quantized = tuple[Tensor, Tensor]
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+"""a, b, a_scale, b_scale, bias."""
 AMAX_ALIGNMENT = 32
 
 
-@dataclass(frozen=True)
-class Call:
-    """A kernel and its grid."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    options: dict[str, Any]
-
-    @staticmethod
-    def of(spec: KernelSpec, grid: tuple[int, ...]) -> Call:
-        module = kernel_module(spec)
-        return Call(getattr(module, spec.name), grid, module.OPTIONS)
-
-    def __call__(self, *arguments: Any) -> None:
-        self.kernel[self.grid](*arguments, **self.options)
-
-
-class DescriptorMaker:
-    """Tensor descriptors of tensors alike in shape, stride and alignment: triton checks the first,
-    the others differ in their base alone."""
-
-    def __init__(self, block: tuple[int, int]) -> None:
-        self.block = list(block)
-        self.checked: dict[str, Any] | None = None
-
-    def __call__(self, tensor: Tensor) -> TensorDescriptor:
-        if self.checked is None:
-            first = TensorDescriptor(
-                tensor, list(tensor.shape), list(tensor.stride()), list(self.block)
-            )
-            self.checked = {name: value for name, value in vars(first).items() if name != "base"}
-            return first
-        descriptor = TensorDescriptor.__new__(TensorDescriptor)
-        vars(descriptor).update(self.checked, base=tensor)
-        return descriptor
+def launch_of(spec: KernelSpec, grid: tuple[int, ...], integers: tuple[int, ...]) -> Launch:
+    """The spec's kernel, ready for tensors alike in dtype and layout."""
+    module = kernel_module(spec)
+    return Launch(getattr(module, spec.name), grid, module.OPTIONS, module.SIGNATURE, integers)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -68,7 +41,7 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 @lru_cache(maxsize=64)
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -91,8 +64,8 @@ class Output:
         return Output((kept, contracted), groups, format_named(encoding.format).dtype)
 
     def allocate(self, device: torch.device) -> Quantized:
-        codes = torch.empty(self.codes, dtype=self.dtype, device=device)
-        return codes, torch.empty(self.groups, dtype=torch.float32, device=device)
+        codes = empty(self.codes, self.dtype, device)
+        return codes, empty((self.groups,), torch.float32, device)
 
 
 def rows_call(
@@ -104,16 +77,16 @@ def rows_call(
     T, K = x.shape
     programs = -(-T // spec.rows)
     if spec.persistent:
-        programs = min(programs, plan.programs_per_sm * _multiprocessors(x.device))
-    call = Call.of(spec, (programs,))
+        programs = min(programs, plan.programs_per_sm * multiprocessors(x.device))
+    sizes, device = (T, K, x.stride(0), output.codes[1]), x.device
+    launch = launch_of(spec, (programs,), sizes)
     matrix: tuple[Tensor, ...] = ()
     if rows.rotation is not None:
         matrix = (matrix_on(x.device, x.dtype, rows.rotation, spec.fragment_order),)
-    sizes, device = (T, K, x.stride(0), output.codes[1]), x.device
 
     def run(x: Tensor) -> Quantized:
         outputs = output.allocate(device)
-        call(x, *matrix, *outputs, *sizes)
+        launch(x, *matrix, *outputs)
         return outputs
 
     return run
@@ -129,14 +102,16 @@ def tiles_call(
     the write pass; for every x laid out as this one."""
     assert plan.amax is not None and plan.write is not None
     T, K = x.shape
-    device, descriptors = x.device, plan.write.descriptors
+    device = x.device
     present = [output for output in outputs if output is not None]
-    amax, write = (
-        Call.of(spec, (-(-K // WIDTH), -(-T // (WIDTH * spec.tiles))))
-        for spec in (plan.amax, plan.write)
-    )
     sizes = (T, K, x.stride(0))
-    write_sizes = (T, K) if descriptors else (*sizes, *(output.codes[1] for output in present))
+    write_sizes = (*sizes, *(output.codes[1] for output in present))
+    if plan.write.descriptors:
+        write_sizes = (T, K)
+    amax, write = (
+        launch_of(spec, (-(-K // WIDTH), -(-T // (WIDTH * spec.tiles))), integers)
+        for spec, integers in ((plan.amax, sizes), (plan.write, write_sizes))
+    )
     rotations = [side.rotation for side in encodings if side is not None and side.rotation]
     if plan.amax.one_matrix:
         rotations = rotations[:1]
@@ -147,43 +122,63 @@ def tiles_call(
     starts = [0, padded_size(present[0].groups, AMAX_ALIGNMENT)][: len(present)]
     total = starts[-1] + present[-1].groups
     ends = [start + output.groups for start, output in zip(starts, present, strict=True)]
-    describe_x = DescriptorMaker((WIDTH, WIDTH))
-    describe_codes = [DescriptorMaker((WIDTH, WIDTH)) for _ in present]
 
     def run(x: Tensor) -> list[Quantized]:
         results = [output.allocate(device) for output in present]
-        bits = torch.zeros(total, dtype=torch.int32, device=device)
+        bits = zero_words(total, device)
         buffers = [bits]
         if len(starts) == 2:
             buffers = [bits[: ends[0]], bits[starts[1] :]]
-        amax(x, *plain, *buffers, *sizes)
-        arguments: list[Any] = [describe_x(x) if descriptors else x, *ordered]
-        for index, (codes, scale) in enumerate(results):
-            target = describe_codes[index](codes) if descriptors else codes
-            arguments += (buffers[index], target, scale)
-        write(*arguments, *write_sizes)
+        amax(x, *plain, *buffers)
+        arguments = [x, *ordered]
+        for buffer, (codes, scale) in zip(buffers, results, strict=True):
+            arguments += (buffer, codes, scale)
+        write(*arguments)
         return results
 
     return run
 
 
 def scaled_mm_call(
-    spec: ScaledMmSpec, a: Tensor, b: Tensor, out_dtype: torch.dtype
+    spec: MmSpec, a: Tensor, b: Tensor, out_dtype: torch.dtype
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]:
     """(a, b, a_scale, b_scale, bias) -> out [M, N], for operands laid out as these."""
     (M, C), N, device = a.shape, b.shape[0], a.device
-    call = Call.of(spec, (-(-M // spec.block_m) * -(-N // spec.block_n),))
     sizes: tuple[int, ...] = (M, N, C)
-    if not spec.descriptors:
+    programs = -(-M // spec.block_m) * -(-N // spec.block_n)
+    if isinstance(spec, GluonMmSpec):
+        programs = min(programs, multiprocessors(device))
+    elif not spec.descriptors:
         sizes = (*sizes, a.stride(0), b.stride(0))
-    describe_a = DescriptorMaker((spec.block_m, spec.block_c))
-    describe_b = DescriptorMaker((spec.block_n, spec.block_c))
+    launch = launch_of(spec, (programs,), sizes)
 
     def run(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None) -> Tensor:
-        out = torch.empty((M, N), dtype=out_dtype, device=device)
-        operands = (describe_a(a), describe_b(b)) if spec.descriptors else (a, b)
+        out = empty((M, N), out_dtype, device)
         vectors = (a_scale, b_scale) if bias is None else (a_scale, b_scale, bias)
-        call(*operands, out, *vectors, *sizes)
+        launch(a, b, out, *vectors)
         return out
+
+    return run
+
+
+def library_call(
+    route: LibraryMm, operands: Operands, out_dtype: torch.dtype
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    """As `scaled_mm_call`, through torch._scaled_mm: scales [1] and [1], or [M] and [N]."""
+    fast = route.fast_accumulation
+    tensorwise = operands[2].numel() == 1 and operands[3].numel() == 1
+
+    def run(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None) -> Tensor:
+        if not tensorwise:
+            a_scale, b_scale = a_scale.unsqueeze(1), b_scale.unsqueeze(0)
+        return library_scaled_mm(
+            a,
+            b.t(),
+            scale_a=a_scale,
+            scale_b=b_scale,
+            bias=bias,
+            out_dtype=out_dtype,
+            use_fast_accum=fast,
+        )
 
     return run

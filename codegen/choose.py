@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
+from hadagraph.codegen.direct import gluon_refusal
 from hadagraph.codegen.spec import (
+    INPUT_BYTES,
     WIDTH,
     AmaxSide,
     AmaxSpec,
     Capability,
+    GluonMmSpec,
+    MmSpec,
     QuantizeRowsSpec,
     QuantizeTilesSpec,
     ScaledMmSpec,
@@ -71,7 +75,7 @@ def select_quantize(
     if rows is not None and columns is None and rows.granularity != PER_TENSOR:
         table_rows = rows_configuration(K, rotated, capability)
         rows_config = config if isinstance(config, RowsConfig) else table_rows
-        spec = _rows_spec(T, K, dtype, rows, capability, rows_config)
+        spec = rows_spec(T, K, dtype, rows, capability, rows_config)
         return QuantizePlan(spec, None, None, rows_config.programs_per_sm)
     both = rows is not None and columns is not None
     table = tiles_configuration(T, K, rotated, both, addressable, capability)
@@ -128,9 +132,10 @@ def _tiles_plan(
     return QuantizePlan(None, amax, write)
 
 
-def _rows_spec(
+def rows_spec(
     T: int, K: int, dtype: torch.dtype, rows: Encoding, capability: Capability, config: RowsConfig
 ) -> QuantizeRowsSpec:
+    """The whole-row kernel for x [T, K]."""
     groups = row_groups(K)
     tile_rows = max(1, max(config.tile, _least_tile(config.warps)) // groups)
     streamed = groups * WIDTH < K
@@ -166,10 +171,28 @@ def select_scaled_mm(
     out_dtype: torch.dtype,
     capability: Capability,
     config: MmConfig | None = None,
-) -> ScaledMmSpec:
-    """The kernel for a [M, C] times b [N, C]^T; `config` overrides the table's."""
+) -> MmSpec:
+    """The kernel for a [M, C] times b [N, C]^T; `config` overrides the table's, but for one in
+    Gluon that cannot be used."""
     integer = FORMATS[a_format].is_integer
-    config = config or scaled_mm_configuration(M, N, integer, capability)
+    refusal = pingpong_refusal(N, C, a_format, DTYPE_NAMES[out_dtype], capability)
+    if config is None or (config.pingpong and refusal is not None):
+        config = scaled_mm_configuration(M, N, integer, capability, pingpong=refusal is None)
+    if config.pingpong:
+        return GluonMmSpec(
+            DTYPE_NAMES[out_dtype],
+            None if bias_dtype is None else DTYPE_NAMES[bias_dtype],
+            *per_tensor,
+            config.block_m,
+            config.block_n,
+            config.block_c,
+            config.group,
+            mask_m=M % config.block_m != 0,
+            mask_n=N % config.block_n != 0,
+            warps=config.warps,
+            stages=config.stages,
+            capability=capability,
+        )
     longest = INT32_CONTRACTION if integer else FP8_CONTRACTION
     return ScaledMmSpec(
         a_format,
@@ -191,3 +214,19 @@ def select_scaled_mm(
         stages=config.stages,
         capability=capability,
     )
+
+
+def pingpong_refusal(
+    N: int, C: int, format: str, out_dtype: str, capability: Capability
+) -> str | None:
+    """Why the kernel in Gluon cannot make out [M, N] from codes of the format over C; None if it
+    can."""
+    if capability != (9, 0) or torch.version.hip is not None:
+        return "it is written for compute capability 9.0"
+    if not FORMATS[format].is_integer:
+        return "it multiplies int8 only"
+    if C > INT32_CONTRACTION:
+        return f"an int32 sum of {C} products could overflow"
+    if N * INPUT_BYTES[out_dtype] % DESCRIPTOR_ALIGNMENT != 0:
+        return f"rows of the output must be whole {DESCRIPTOR_ALIGNMENT} bytes, for TMA"
+    return gluon_refusal()

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from hadagraph.codegen.emit_chains import chain_amax_body, chain_write_body, side_prefix
+from hadagraph.codegen.emit_gluon import gluon_mm
 from hadagraph.codegen.emit_matmul import scaled_mm_body
 from hadagraph.codegen.emit_quantizers import (
     amax_body,
@@ -17,12 +19,20 @@ from hadagraph.codegen.primitives import SIGNATURE_DTYPES, Lines, indent
 from hadagraph.codegen.spec import (
     WIDTH,
     AmaxSpec,
-    Capability,
+    ChainAmaxSpec,
+    ChainTiles,
+    ChainWriteSpec,
+    GluonMmSpec,
     KernelSpec,
     QuantizeRowsSpec,
     QuantizeTilesSpec,
     ScaledMmSpec,
+    Side,
 )
+from hadagraph.region import MATRIX, Chain
+
+TRITON_SOURCE = ("triton.compiler", "ASTSource")
+GLUON_SOURCE = ("triton.experimental.gluon._runtime", "GluonASTSource")
 
 
 @dataclass(frozen=True)
@@ -37,19 +47,23 @@ class Kernel:
 @lru_cache(maxsize=1024)
 def emit(spec: KernelSpec) -> str:
     """The source text of the kernel that the spec describes: a function of the spec alone."""
+    if isinstance(spec, GluonMmSpec):
+        return "\n".join([*gluon_mm(spec), "", "", *_main(spec, GLUON_SOURCE)]) + "\n"
     kernel = _KERNELS[type(spec)](spec)  # type: ignore[operator]
     options = {
         "num_warps": spec.warps,
         "num_stages": spec.stages,
         "enable_fp_fusion": False,
     }
-    if isinstance(spec, QuantizeTilesSpec) and spec.maxnreg is not None:
+    if isinstance(spec, QuantizeTilesSpec | ChainTiles) and spec.maxnreg is not None:
         options["maxnreg"] = spec.maxnreg
+    libdevice = any("libdevice." in line for line in kernel.body)
     lines = [
         f'"""{spec.name}: {kernel.summary}"""',
         "",
         "import triton",
         "import triton.language as tl",
+        *(["from triton.language.extra import libdevice"] if libdevice else []),
         "",
         f"OPTIONS = {options}",
         "SIGNATURE = {",
@@ -64,22 +78,23 @@ def emit(spec: KernelSpec) -> str:
         *indent(kernel.body),
         "",
         "",
-        *_main(spec.name, spec.capability),
+        *_main(spec, TRITON_SOURCE),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _main(name: str, capability: Capability) -> Lines:
-    target = capability[0] * 10 + capability[1]
+def _main(spec: KernelSpec, origin: tuple[str, str]) -> Lines:
+    """`origin`: module and class of what is compiled."""
+    target = spec.capability[0] * 10 + spec.capability[1]
     return [
         'if __name__ == "__main__":  # compiles without a GPU and prints the assembly',
         "    from triton.backends.compiler import GPUTarget",
-        "    from triton.compiler import ASTSource",
+        f"    from {origin[0]} import {origin[1]}",
         "",
         '    aligned = [["tt.divisibility", 16]]',
         "    arguments = enumerate(SIGNATURE.values())",
         '    attributes = {(i,): aligned for i, kind in arguments if kind == "i32" or "*" in kind}',
-        f"    source = ASTSource({name}, SIGNATURE, attrs=attributes)",
+        f"    source = {origin[1]}({spec.name}, SIGNATURE, attrs=attributes)",
         f'    target = GPUTarget("cuda", {target}, 32)',
         '    print(triton.compile(source, target=target, options=OPTIONS).asm["ptx"])',
     ]
@@ -93,14 +108,30 @@ def _matrix_dtype(input_dtype: str) -> str:
     return "fp16" if input_dtype == "fp16" else "bf16"
 
 
+def _chain_pointers(chain: Chain) -> list[tuple[str, str]]:
+    return [(f"v{index}_ptr", _pointer(each.dtype)) for index, each in enumerate(chain.inputs)]
+
+
+def _chain_strides(chain: Chain) -> list[tuple[str, str]]:
+    matrices = [index for index, each in enumerate(chain.inputs) if each.shape == MATRIX]
+    return [(f"v{index}_stride", "i32") for index in matrices]
+
+
 def _quantize_rows(spec: QuantizeRowsSpec) -> Kernel:
-    arguments = [("x_ptr", _pointer(spec.input_dtype))]
+    if spec.chain is None:
+        arguments = [("x_ptr", _pointer(spec.input_dtype))]
+        strides, source = [("x_stride", "i32")], "x [T, K]"
+    else:
+        arguments, strides = _chain_pointers(spec.chain), _chain_strides(spec.chain)
+        source = "a chain's output [T, K]"
     if spec.side.block is not None:
         arguments.append(("matrix_ptr", _pointer(_matrix_dtype(spec.input_dtype))))
     arguments += [("codes_ptr", _pointer(spec.side.format)), ("scale_ptr", "*fp32")]
-    arguments += [("T", "i32"), ("K", "i32"), ("x_stride", "i32"), ("codes_stride", "i32")]
+    if spec.value:
+        arguments += [("value_ptr", _pointer(spec.input_dtype))]
+    arguments += [("T", "i32"), ("K", "i32"), *strides, ("codes_stride", "i32")]
     rotated = "rotated by H, " if spec.side.block is not None else ""
-    summary = f"x [T, K] {rotated}to codes [T, K padded], one scale a row [T]."
+    summary = f"{source} {rotated}to codes [T, K padded], one scale a row [T]."
     return Kernel(summary, tuple(arguments), quantize_rows_body(spec))
 
 
@@ -143,6 +174,28 @@ def _tile_argument(name: str, dtype: str, spec: QuantizeTilesSpec) -> tuple[str,
     return f"{name}_descriptor", f"tensordesc<{SIGNATURE_DTYPES[dtype]}[{WIDTH}, {WIDTH}]>"
 
 
+def _chain_tiles(spec: ChainAmaxSpec | ChainWriteSpec) -> Kernel:
+    arguments = _chain_pointers(spec.chain)
+    arguments += [(f"matrix{i}_ptr", _pointer(m.dtype)) for i, m in enumerate(spec.matrices)]
+    for index, (output, written) in enumerate(zip(spec.chain.outputs, spec.values, strict=True)):
+        if written:
+            arguments += [(f"value{index}_ptr", _pointer(output.dtype))]
+    strides = _chain_strides(spec.chain)
+    for each in spec.sides:
+        name = side_prefix(spec, each)
+        arguments += [(f"{name}_amax_ptr", "*i32")]
+        if isinstance(each.side, Side):
+            arguments += [(f"{name}_codes_ptr", _pointer(each.side.format))]
+            arguments += [(f"{name}_scale_ptr", "*fp32")]
+            strides += [(f"{name}_codes_stride", "i32")]
+    arguments += [("T", "i32"), ("K", "i32"), *strides]
+    if isinstance(spec, ChainAmaxSpec):
+        summary = "maximum magnitudes of outputs [T, K], as fp32 bits, from 0."
+        return Kernel(summary, tuple(arguments), chain_amax_body(spec))
+    summary = "outputs [T, K] to codes, from known maxima."
+    return Kernel(summary, tuple(arguments), chain_write_body(spec))
+
+
 def _scaled_mm(spec: ScaledMmSpec) -> Kernel:
     a, b = SIGNATURE_DTYPES[spec.a_format], SIGNATURE_DTYPES[spec.b_format]
     if spec.descriptors:
@@ -169,4 +222,6 @@ _KERNELS = {
     AmaxSpec: _amax,
     QuantizeTilesSpec: _quantize_tiles,
     ScaledMmSpec: _scaled_mm,
+    ChainAmaxSpec: _chain_tiles,
+    ChainWriteSpec: _chain_tiles,
 }

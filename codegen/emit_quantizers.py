@@ -3,6 +3,7 @@ numerics are in `primitives`."""
 
 from __future__ import annotations
 
+from hadagraph.codegen.pointwise import Place, chain_output, chain_steps, load_inputs, opaque
 from hadagraph.codegen.primitives import (
     Lines,
     conjunction,
@@ -20,10 +21,12 @@ from hadagraph.codegen.spec import (
     WIDTH,
     AmaxSide,
     AmaxSpec,
+    ChainWriteSpec,
     QuantizeRowsSpec,
     QuantizeTilesSpec,
     Side,
 )
+from hadagraph.region import COLUMNS, MATRIX, ROWS, SCALAR, Chain
 
 
 def quantize_rows_body(spec: QuantizeRowsSpec) -> Lines:
@@ -36,6 +39,8 @@ def quantize_rows_body(spec: QuantizeRowsSpec) -> Lines:
     ]
     if spec.side.block is not None:
         lines += load_matrix("matrix_ptr", "matrix")
+    if spec.chain is not None:
+        lines += load_inputs(spec.chain, {SCALAR: Place("")})
     tile = _streamed_tile(spec) if spec.streamed else _resident_tile(spec)
     if spec.persistent:
         loop = "tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)"
@@ -46,24 +51,49 @@ def quantize_rows_body(spec: QuantizeRowsSpec) -> Lines:
 
 
 def _row_index(spec: QuantizeRowsSpec) -> Lines:
+    lines = ["row = tile * ROWS + tile_row // GROUPS"]
+    if spec.chain is None:
+        lines += ["x_row_ptr = x_ptr + row.to(tl.int64)[:, None] * x_stride"]
     return [
-        "row = tile * ROWS + tile_row // GROUPS",
-        "x_row_ptr = x_ptr + row.to(tl.int64)[:, None] * x_stride",
+        *lines,
         "codes_row_ptr = codes_ptr + row.to(tl.int64)[:, None] * codes_stride",
     ]
 
 
-def _load_rows(spec: QuantizeRowsSpec, column: str) -> Lines:
-    """x and, rotated or converted, y [ROWS * GROUPS, WIDTH]."""
+def _load_rows(spec: QuantizeRowsSpec, column: str, *, value: bool = False) -> Lines:
+    """x, written if it is a `value`, and, rotated or converted, y [ROWS * GROUPS, WIDTH]."""
     mask = conjunction(
         "row[:, None] < T" if spec.mask_rows else None,
         f"{column} < K" if spec.mask_columns else None,
     )
     shape = f"[ROWS * GROUPS, {WIDTH}]"
-    lines = [f"x = {load(f'x_row_ptr + {column}', mask)}  # {shape}"]
+    if spec.chain is None:
+        lines = [f"x = {load(f'x_row_ptr + {column}', mask)}  # {shape}"]
+    else:
+        lines = _chained_rows(spec, spec.chain, column, mask)
+        if value:
+            lines += [store(f"value_ptr + row.to(tl.int64)[:, None] * K + {column}", "x", mask)]
     if spec.side.block is None:
         return [*lines, "y = x.to(tl.float32)"]
     return lines + rotate("x", "matrix", "y", spec.input_dtype, shape)
+
+
+def _chained_rows(spec: QuantizeRowsSpec, chain: Chain, column: str, mask: str) -> Lines:
+    """x [ROWS * GROUPS, WIDTH], made by the chain."""
+    row_mask = "row < T" if spec.mask_rows else ""
+    column_mask = f"{column} < K" if spec.mask_columns else ""
+    places = {
+        MATRIX: Place(" + row.to(tl.int64)[:, None] * {stride} + " + column, mask),
+        ROWS: Place(" + row", row_mask, "[:, None]"),
+        COLUMNS: Place(f" + {column}", column_mask),
+    }
+    shape = ("ROWS * GROUPS", str(WIDTH))
+    return [
+        *load_inputs(chain, places),
+        *chain_steps(chain),
+        *chain_output(chain, 0, "x", shape, column_mask),
+        *(opaque("x", spec.input_dtype) if chain.steps else ()),
+    ]
 
 
 def _row_scales(spec: QuantizeRowsSpec) -> Lines:
@@ -94,7 +124,7 @@ def _write_rows(spec: QuantizeRowsSpec, column: str) -> Lines:
 def _resident_tile(spec: QuantizeRowsSpec) -> Lines:
     return [
         *_row_index(spec),
-        *_load_rows(spec, "column"),
+        *_load_rows(spec, "column", value=spec.value),
         *magnitudes("y", "magnitude"),
         # in two steps: one max over the reshaped accumulator is miscompiled (triton 3.6, sm_90)
         "group_bits = tl.max(magnitude, axis=1)  # [ROWS * GROUPS]",
@@ -111,7 +141,7 @@ def _streamed_tile(spec: QuantizeRowsSpec) -> Lines:
         *_row_index(spec),
         "group_bits = tl.zeros((ROWS * GROUPS,), dtype=tl.int32)",
         walk,
-        *indent(_load_rows(spec, column)),
+        *indent(_load_rows(spec, column, value=spec.value)),
         *indent(magnitudes("y", "magnitude")),
         "    group_bits = tl.maximum(group_bits, tl.max(magnitude, axis=1))",
         *_row_scales(spec),
@@ -194,19 +224,19 @@ def amax_body(spec: AmaxSpec) -> Lines:
         tile += magnitudes(y, f"{name}_magnitude")
         tile_max = f"tl.max({name}_magnitude, axis=1)"
         if name == "row" and not side.per_tensor:
-            value = _atomic_max("row_amax_ptr + t", tile_max, t_mask)
+            value = atomic_max("row_amax_ptr + t", tile_max, t_mask)
             tile += [value]
             continue
         before += [f"{bits} = tl.zeros(({WIDTH},), dtype=tl.int32)"]
         tile += [f"{bits} = tl.maximum({bits}, {tile_max})"]
         if side.per_tensor:
-            after += [_atomic_max(f"{name}_amax_ptr", f"tl.max({bits}, axis=0)", "")]
+            after += [atomic_max(f"{name}_amax_ptr", f"tl.max({bits}, axis=0)", "")]
         else:
-            after += [_atomic_max("column_amax_ptr + k", bits, k_mask)]
+            after += [atomic_max("column_amax_ptr + k", bits, k_mask)]
     return _stripe(spec, before, tile) + after
 
 
-def _atomic_max(pointer: str, value: str, mask: str) -> str:
+def atomic_max(pointer: str, value: str, mask: str) -> str:
     masked = f", mask={mask}" if mask else ""
     return f'tl.atomic_max({pointer}, {value}{masked}, sem="relaxed")'
 
@@ -218,41 +248,52 @@ def quantize_tiles_body(spec: QuantizeTilesSpec) -> Lines:
     for name, side in (("row", spec.rows), ("column", spec.columns)):
         if side is None:
             continue
-        scale = _side_scales(spec, name, side)
+        scale = side_scales(spec, name, side, name)
         if side.per_tensor or name == "column":
             before += scale
         else:
             tile += scale
         tile += _turned(spec, name, f"{name}_y")
-        tile += _write_side(spec, name, side)
+        tile += write_side(spec, name, side, name)
     return _stripe(spec, before, tile)
 
 
-def _side_scales(spec: QuantizeTilesSpec, name: str, side: Side) -> Lines:
+def side_scales(
+    spec: QuantizeTilesSpec | ChainWriteSpec, layout: str, side: Side, name: str
+) -> Lines:
     """Loads the side's maxima, makes its scales, and stores them in one program of those that
-    share them."""
-    index, size, masked = ("t", "T", spec.mask_rows) if name == "row" else ("k", "K", True)
-    if name == "column":
+    share them. `name`: what the names of its variables start with."""
+    index, size, masked = ("t", "T", spec.mask_rows) if layout == "row" else ("k", "K", True)
+    if layout == "column":
         masked = spec.mask_columns
     if side.per_tensor:
         lines = [f"{name}_bits = tl.load({name}_amax_ptr)"]
         condition = "tl.program_id(0) + tl.program_id(1) == 0"
         target, mask = f"{name}_scale_ptr", ""
     else:
+        kept = spec.tile_rows if isinstance(spec, ChainWriteSpec) and layout == "row" else WIDTH
         mask = f"{index} < {size}" if masked else ""
         other = f", mask={mask}, other=0" if mask else ""
-        lines = [f"{name}_bits = tl.load({name}_amax_ptr + {index}{other})  # [{WIDTH}]"]
-        condition = f"tl.program_id({0 if name == 'row' else 1}) == 0"
+        lines = [f"{name}_bits = tl.load({name}_amax_ptr + {index}{other})  # [{kept}]"]
+        condition = f"tl.program_id({0 if layout == 'row' else 1}) == 0"
         target = f"{name}_scale_ptr + {index}"
     lines += scales(f"{name}_bits", f"{name}_", side.format, side.block)
     return [*lines, f"if {condition}:", "    " + store(target, f"{name}_scale", mask)]
 
 
-def _write_side(spec: QuantizeTilesSpec, name: str, side: Side) -> Lines:
-    kept, contracted = ("t", "k") if name == "row" else ("k", "t")
-    mask_kept = spec.mask_rows if name == "row" else spec.mask_columns
-    mask_contracted = spec.mask_columns if name == "row" else spec.mask_rows
-    size = "T" if name == "row" else "K"
+def write_side(
+    spec: QuantizeTilesSpec | ChainWriteSpec,
+    layout: str,
+    side: Side,
+    name: str,
+    tile: tuple[int, int] = (WIDTH, WIDTH),
+) -> Lines:
+    """Rounds {name}_y to codes and stores them; `tile`: rows and columns of x in it."""
+    kept, contracted = ("t", "k") if layout == "row" else ("k", "t")
+    kept_size, contracted_size = tile if layout == "row" else tile[::-1]
+    mask_kept = spec.mask_rows if layout == "row" else spec.mask_columns
+    mask_contracted = spec.mask_columns if layout == "row" else spec.mask_rows
+    size = "T" if layout == "row" else "K"
     mask = conjunction(
         f"{kept}[:, None] < {size}" if mask_kept else None,
         f"{contracted}[None, :] < {name}_codes_stride" if mask_contracted else None,
@@ -262,7 +303,7 @@ def _write_side(spec: QuantizeTilesSpec, name: str, side: Side) -> Lines:
     inverse, finite = f"{name}_inverse{suffix}", f"{name}_finite{suffix}"
     lines = round_codes(f"{name}_y", codes, inverse, finite, side.format)
     if spec.fragment_order and side.block is not None:
-        lines += reorder_fragments(codes, str(WIDTH))
+        lines += reorder_fragments(codes, str(kept_size), contracted_size)
     if spec.descriptors:
         where = f"[{kept}_start, {contracted}_start]"
         return [*lines, f"{name}_codes_descriptor.store({where}, {codes})"]

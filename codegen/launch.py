@@ -6,7 +6,8 @@ T rows and K columns of a quantizer's input; M, N kept dims and C contracted dim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -14,32 +15,52 @@ import torch
 from torch import Tensor
 
 from hadagraph.codegen.calls import (
+    Operands,
     Output,
     Quantized,
+    library_call,
     on_device,
     rows_call,
     scaled_mm_call,
     tiles_call,
 )
+from hadagraph.codegen.chains import ChainCall, chain_call
 from hadagraph.codegen.choose import (
     DESCRIPTOR_ALIGNMENT,
     DTYPE_NAMES,
     FORMAT_NAMES,
     select_quantize,
-    select_scaled_mm,
     tma_addressable,
 )
+from hadagraph.codegen.choose_chains import ChainSchedule, wanted_of
+from hadagraph.codegen.choose_mm import select_mm
 from hadagraph.codegen.listing import sources_for, specs_for
-from hadagraph.codegen.matrices import matrix_on, plain_rotations
+from hadagraph.codegen.matrices import WIDTHS, matrix_on, plain_rotations
 from hadagraph.codegen.spec import Capability, check_capability
 from hadagraph.codegen.store import emitted_sources
-from hadagraph.codegen.tune import MmConfig, RowsConfig, TilesConfig, both_layouts_in_one
+from hadagraph.codegen.tune import (
+    ChainConfig,
+    LibraryMm,
+    RowsConfig,
+    TilesConfig,
+    both_layouts_in_one,
+)
+from hadagraph.codegen.tuned import MmChoice
 from hadagraph.formats import Encoding
 from hadagraph.ops import LIBRARY
 from hadagraph.reference import scaled_mm_reference
+from hadagraph.region import Chain
 from hadagraph.rotation import Rotation
 
-__all__ = ["emitted_sources", "prepare", "quantize", "scaled_mm", "sources_for", "specs_for"]
+__all__ = [
+    "emitted_sources",
+    "prepare",
+    "quantize",
+    "quantize_chain",
+    "scaled_mm",
+    "sources_for",
+    "specs_for",
+]
 
 Outputs = tuple[Quantized | None, Quantized | None]
 LAYOUTS_KEPT = 4096
@@ -60,8 +81,9 @@ def prepare(device: torch.device | str, rotations: Iterable[Rotation] = ()) -> N
         where = torch.device("cuda", torch.cuda.current_device())
     for rotation in [*plain_rotations(), *rotations]:
         for dtype in (torch.bfloat16, torch.float16):
-            for reorder in (False, True):
-                matrix_on(where, dtype, rotation, reorder)
+            for reorder, width in itertools.product((False, True), WIDTHS):
+                if rotation.block <= width:
+                    matrix_on(where, dtype, rotation, reorder, width)
 
 
 def _layout(x: Tensor) -> tuple[Hashable, ...]:
@@ -138,6 +160,34 @@ def _quantizer(
     return tiles  # type: ignore[return-value]
 
 
+def quantize_chain(
+    inputs: Sequence[Tensor],
+    chain: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[bool],
+    capability: Capability | None = None,
+    config: RowsConfig | ChainConfig | None = None,
+    schedule: ChainSchedule | None = None,
+) -> list[Tensor]:
+    """Codes and scales of what a chain (`hadagraph.region`) makes of its inputs: matrices [T, K],
+    rows [T], columns [K], scalars. Per output the encodings of its layouts ("": not wanted), and
+    whether the rounded matrix is wanted; of those wanted, in order: row codes, row scale, column
+    codes, column scale, value. `config` and `schedule` override what the tables say."""
+    layouts = tuple(map(_layout, inputs))
+    wanted = (tuple(rows), tuple(columns), tuple(values))
+    key = (layouts, chain, wanted, capability, config, schedule)
+    device = inputs[0].device
+
+    def make() -> ChainCall:
+        target = capability or _capability(device)
+        return chain_call(inputs, Chain.parse(chain), wanted_of(*wanted), target, config, schedule)
+
+    with on_device(device):
+        run: ChainCall = _ready(key, make)
+        return run(inputs)
+
+
 def _without_groups(output: Output | None, x: Tensor) -> Quantized | None:
     """Codes of an empty tensor; their scales are 1."""
     if output is None:
@@ -154,13 +204,13 @@ def scaled_mm(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     capability: Capability,
-    config: MmConfig | None = None,
+    config: MmChoice | None = None,
 ) -> Tensor:
     """As `scaled_mm_reference`: a [M, C] and b [N, C] codes, out [M, N] in bf16, fp16 or fp32.
     `config` overrides the table's configuration."""
-    of_bias = () if bias is None else (bias.dtype, bias.stride())
-    scales = (a_scale.shape, a_scale.stride(), b_scale.shape, b_scale.stride())
-    key = (*_layout(a), *_layout(b), *scales, *of_bias, out_dtype, capability, config)
+    of_bias = None if bias is None else _layout(bias)
+    scales = (_layout(a_scale), _layout(b_scale))
+    key = (_layout(a), _layout(b), scales, of_bias, out_dtype, capability, config)
     operands = (a, b, a_scale, b_scale, bias)
     with on_device(a.device):
         run = _ready(key, lambda: _multiplier(operands, out_dtype, capability, config))
@@ -168,11 +218,8 @@ def scaled_mm(
     return out
 
 
-Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
-
-
 def _multiplier(
-    operands: Operands, out_dtype: torch.dtype, capability: Capability, config: MmConfig | None
+    operands: Operands, out_dtype: torch.dtype, capability: Capability, config: MmChoice | None
 ) -> Callable[..., Tensor]:
     """The scaled matmul of operands laid out as these."""
     if out_dtype not in DTYPE_NAMES:
@@ -181,24 +228,29 @@ def _multiplier(
     (M, C), N = a.shape, b.shape[0]
     for codes in (a, b):
         check_capability(FORMAT_NAMES[codes.dtype], capability)
+    for name, scale in (("a_scale", a_scale), ("b_scale", b_scale)):
+        if scale.dtype != torch.float32 or scale.device != a.device:
+            raise ValueError(
+                f"{name} must be torch.float32 on {a.device}, got {scale.dtype} on {scale.device}"
+            )
     if M == 0 or N == 0 or C == 0:
         return partial(scaled_mm_reference, out_dtype=out_dtype)
     pairs = zip(operands, _launchable(operands), strict=True)
     if any(given is not ready for given, ready in pairs):
         return lambda *operands: scaled_mm(*_launchable(operands), out_dtype, capability, config)
-    spec = select_scaled_mm(
-        M,
-        N,
-        C,
-        FORMAT_NAMES[a.dtype],
-        FORMAT_NAMES[b.dtype],
+    route = select_mm(
+        (M, N, C),
+        (FORMAT_NAMES[a.dtype], FORMAT_NAMES[b.dtype]),
         (a_scale.numel() == 1, b_scale.numel() == 1),
         None if bias is None else bias.dtype,
         out_dtype,
         capability,
         config,
+        dense=a.stride(0) == C == b.stride(0),
     )
-    return scaled_mm_call(spec, a, b, out_dtype)
+    if isinstance(route, LibraryMm):
+        return library_call(route, operands, out_dtype)
+    return scaled_mm_call(route, a, b, out_dtype)
 
 
 def _launchable(operands: Operands) -> Operands:
@@ -259,4 +311,5 @@ def _scaled_mm_cuda(
 LIBRARY.impl("quantize_rows", _quantize_rows_cuda, "CUDA")
 LIBRARY.impl("quantize_columns", _quantize_columns_cuda, "CUDA")
 LIBRARY.impl("quantize_both", _quantize_both_cuda, "CUDA")
+LIBRARY.impl("quantize_chain", quantize_chain, "CUDA")
 LIBRARY.impl("scaled_mm", _scaled_mm_cuda, "CUDA")

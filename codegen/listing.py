@@ -12,14 +12,16 @@ from hadagraph.codegen.choose import (
     DTYPE_NAMES,
     FORMAT_NAMES,
     select_quantize,
-    select_scaled_mm,
     tma_addressable,
 )
+from hadagraph.codegen.choose_chains import select_chain, wanted_of
+from hadagraph.codegen.choose_mm import select_mm
 from hadagraph.codegen.emit import emit
-from hadagraph.codegen.spec import Capability, KernelSpec
+from hadagraph.codegen.spec import Capability, KernelSpec, MmSpec
 from hadagraph.codegen.store import source_key
-from hadagraph.codegen.tune import both_layouts_in_one
+from hadagraph.codegen.tune import LibraryMm, both_layouts_in_one
 from hadagraph.formats import Encoding
+from hadagraph.region import MATRIX, Chain
 
 
 def sources_for(op: str, arguments: tuple[Any, ...], capability: Capability) -> dict[str, str]:
@@ -34,7 +36,10 @@ def specs_for(
 ) -> tuple[KernelSpec, ...]:
     """Specs of the kernels that the operator would run; see `sources_for`."""
     if op == "scaled_mm":
-        return (_scaled_mm_spec(arguments, capability),)
+        route = _scaled_mm_route(arguments, capability)
+        return () if isinstance(route, LibraryMm) else (route,)
+    if op == "quantize_chain":
+        return _chain_specs(arguments, capability)
     x, *texts = arguments
     encodings = [Encoding.parse(text) for text in texts]
     rows = None if op == "quantize_columns" else encodings[0]
@@ -59,14 +64,19 @@ def specs_for(
     return tuple(spec for plan in plans for spec in plan.specs)
 
 
-def _scaled_mm_spec(arguments: tuple[Any, ...], capability: Capability) -> KernelSpec:
+def _chain_specs(arguments: tuple[Any, ...], capability: Capability) -> tuple[KernelSpec, ...]:
+    inputs, chain, *wanted = arguments
+    parsed = Chain.parse(chain)
+    matrix = next(x for x, each in zip(inputs, parsed.inputs, strict=True) if each.shape == MATRIX)
+    T, K = (_hint(size) for size in matrix.shape)
+    return select_chain(T, K, parsed, wanted_of(*wanted), capability).specs
+
+
+def _scaled_mm_route(arguments: tuple[Any, ...], capability: Capability) -> MmSpec | LibraryMm:
     a, b, a_scale, b_scale, bias, out_dtype = arguments
-    return select_scaled_mm(
-        _hint(a.shape[0]),
-        _hint(b.shape[0]),
-        _hint(a.shape[1]),
-        FORMAT_NAMES[a.dtype],
-        FORMAT_NAMES[b.dtype],
+    return select_mm(
+        (_hint(a.shape[0]), _hint(b.shape[0]), _hint(a.shape[1])),
+        (FORMAT_NAMES[a.dtype], FORMAT_NAMES[b.dtype]),
         (_hint(a_scale.numel()) == 1, _hint(b_scale.numel()) == 1),
         None if bias is None else bias.dtype,
         out_dtype,

@@ -8,37 +8,42 @@ import torch
 from hadagraph.codegen.spec import WIDTH
 from hadagraph.rotation import Rotation, block_for, signed_hadamard
 
-_MATRICES: dict[tuple[torch.device, torch.dtype, Rotation, bool], torch.Tensor] = {}
+WIDTHS = (WIDTH // 2, WIDTH)
+_MATRICES: dict[tuple[torch.device, torch.dtype, Rotation, bool, int], torch.Tensor] = {}
 
 
-def fragment_order() -> torch.Tensor:
-    """int64 [WIDTH]: the column of the product that column c of a reordered matrix yields.
+def fragment_order(width: int = WIDTH) -> torch.Tensor:
+    """int64 [width]: the column of the product that column c of a reordered matrix yields.
 
     In an mma accumulator a thread q of four owns columns 8 j + 2 q + {0, 1}. Computing the final
-    columns 32 q + 2 j + {0, 1} there leaves it with 32 contiguous ones, so that one-byte codes are
-    stored in wide words with no exchange between threads.
+    columns (width / 4) q + 2 j + {0, 1} there leaves it with width / 4 contiguous ones, so that
+    one-byte codes are stored in wide words with no exchange between threads.
     """
-    column = torch.arange(WIDTH)
+    column = torch.arange(width)
     j, q, e = column // 8, column // 2 % 4, column % 2
-    order: torch.Tensor = 32 * q + 2 * j + e
+    order: torch.Tensor = width // 4 * q + 2 * j + e
     return order
 
 
-def rotation_matrix(rotation: Rotation, reorder: bool) -> torch.Tensor:
-    """D H of the rotation repeated along the diagonal of [WIDTH, WIDTH], fp64, entries +-1 and 0;
+def rotation_matrix(rotation: Rotation, reorder: bool, width: int = WIDTH) -> torch.Tensor:
+    """D H of the rotation repeated along the diagonal of [width, width], fp64, entries +-1 and 0;
     `reorder`: its columns in `fragment_order`."""
-    copies = WIDTH // rotation.block
+    copies = width // rotation.block
     matrix: torch.Tensor = torch.block_diag(*[signed_hadamard(rotation)] * copies)
-    return matrix[:, fragment_order()] if reorder else matrix
+    return matrix[:, fragment_order(width)] if reorder else matrix
 
 
 def matrix_on(
-    device: torch.device, dtype: torch.dtype, rotation: Rotation, reorder: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    rotation: Rotation,
+    reorder: bool,
+    width: int = WIDTH,
 ) -> torch.Tensor:
     """The rotation's matrix on the device, in the dtype that meets an input of `dtype`: fp16 for
     fp16, else bf16. Made once; RuntimeError if that would happen under CUDA-graph capture."""
     matrix_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
-    key = (device, matrix_dtype, rotation, reorder)
+    key = (device, matrix_dtype, rotation, reorder, width)
     matrix = _MATRICES.get(key)
     if matrix is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -46,7 +51,7 @@ def matrix_on(
                 f"the matrix of rotation {rotation} is not on {device} yet: call "
                 "hadagraph.codegen.launch.prepare(device, [rotation]) before capturing a CUDA graph"
             )
-        matrix = rotation_matrix(rotation, reorder).to(matrix_dtype).to(device)
+        matrix = rotation_matrix(rotation, reorder, width).to(matrix_dtype).to(device)
         if device.type == "cuda":  # other streams may read it next
             torch.cuda.current_stream(device).synchronize()
         _MATRICES[key] = matrix

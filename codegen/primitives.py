@@ -41,10 +41,10 @@ def indent(lines: Lines, levels: int = 1) -> Lines:
     return ["    " * levels + line if line else line for line in lines]
 
 
-def load_matrix(pointer: str, name: str) -> Lines:
+def load_matrix(pointer: str, name: str, width: int = WIDTH) -> Lines:
     return [
-        f"i = tl.arange(0, {WIDTH})",
-        f"{name} = tl.load({pointer} + i[:, None] * {WIDTH} + i[None, :])  # [{WIDTH}, {WIDTH}]",
+        f"i = tl.arange(0, {width})",
+        f"{name} = tl.load({pointer} + i[:, None] * {width} + i[None, :])  # [{width}, {width}]",
     ]
 
 
@@ -66,14 +66,51 @@ def rotate(x: str, matrix: str, y: str, input_dtype: str, shape: str) -> Lines:
     ]
 
 
-def reorder_fragments(y: str, rows: str) -> Lines:
-    """Column 8 j + 2 q + e of the product becomes column 32 q + 2 j + e: undoes the order of the
-    matrix's columns, and leaves each thread of an mma fragment with contiguous ones."""
-    parts = f"({rows}, {WIDTH // 8}, 4, 2)"
+def reorder_fragments(y: str, rows: str, width: int = WIDTH) -> Lines:
+    """Column 8 j + 2 q + e of the product becomes column (width / 4) q + 2 j + e: undoes the order
+    of the matrix's columns, and leaves each thread of an mma fragment with contiguous ones."""
+    parts = f"({rows}, {width // 8}, 4, 2)"
     return [
         f"{y} = tl.reshape({y}, {parts})",
-        f"{y} = tl.reshape(tl.permute({y}, (0, 2, 1, 3)), ({rows}, {WIDTH}))",
+        f"{y} = tl.reshape(tl.permute({y}, (0, 2, 1, 3)), ({rows}, {width}))",
     ]
+
+
+def butterflies(names: list[str], block: int) -> Lines:
+    """Unnormalized Walsh-Hadamard transforms within runs of `block` of the named tensors."""
+    lines, step = [], 1
+    while step < block:
+        pairs = [(i, i | step) for i in range(len(names)) if not i & step]
+        for a, b in ((names[i], names[j]) for i, j in pairs):
+            lines.append(f"{a}, {b} = {a} + {b}, {a} - {b}")
+        step *= 2
+    return lines
+
+
+def maximum_of(names: list[str]) -> Lines:
+    """The first of the named tensors becomes the maximum of all, NaN where one is NaN."""
+    lines = []
+    while len(names) > 1:
+        pairs = zip(names[::2], names[1::2], strict=True)
+        lines += [f"{a} = {maximum(a, b)}" for a, b in pairs]
+        names = names[::2]
+    return lines
+
+
+def maximum(a: str, b: str) -> str:
+    return f"tl.maximum({a}, {b}, propagate_nan=tl.PropagateNan.ALL)"
+
+
+def joined(names: list[str]) -> tuple[Lines, str]:
+    """The name of one tensor whose log2(len(names)) new last dims count the named ones in order."""
+    lines, level = [], 0
+    while len(names) > 1:
+        half = len(names) // 2
+        pairs = list(zip(names[:half], names[half:], strict=True))
+        names = [f"joined{level}_{i}" for i in range(half)]
+        lines += [f"{n} = tl.join({a}, {b})" for n, (a, b) in zip(names, pairs, strict=True)]
+        level += 1
+    return lines, names[0]
 
 
 def magnitudes(y: str, bits: str) -> Lines:
@@ -98,6 +135,15 @@ def scales(bits: str, prefix: str, format_name: str, block: int | None) -> Lines
         f"{prefix}scale = tl.where({finite}, {scale}, float('nan'))",
         f"{prefix}scale = tl.where({bits} == 0, 1.0, {prefix}scale)",
     ]
+
+
+def code_values(y: str, inverse: str, format_name: str) -> str:
+    """round_half_even(y * inverse), as codes; see `round_codes`. Anything in groups that hold inf
+    or NaN."""
+    dtype = TRITON_DTYPES[format_name]
+    if format_named(format_name).is_integer:  # the low byte of the sum is the code
+        return f"({y} * {inverse} + {ROUND}).to(tl.int32, bitcast=True).to({dtype})"
+    return f"({y} * {inverse}).to({dtype})"
 
 
 def round_codes(y: str, codes: str, inverse: str, finite: str, format_name: str) -> Lines:

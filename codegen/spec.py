@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hadagraph.formats import PER_TENSOR, Encoding, format_named
+from hadagraph.region import MATRIX, Chain
 
 WIDTH = 128
 """Columns of the +-1 matrix that every rotation multiplies by: smaller blocks are repeated along
@@ -16,6 +17,8 @@ its diagonal, which is exact and gives all blocks one code path."""
 
 Capability = tuple[int, int]
 INPUT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+SWIZZLE_BYTES = 128
+"""Of a row of a tile in shared memory, at most, as tensor cores and TMA take it."""
 
 
 def check_capability(format_name: str, capability: Capability) -> None:
@@ -61,6 +64,7 @@ class QuantizeRowsSpec:
     A tile is `rows` rows of `groups * WIDTH` columns. `streamed`: the row does not fit one tile and
     is read twice. `persistent`: each program loops over tiles. `fragment_order`: see
     `hadagraph.codegen.matrices`. `mask_rows`/`mask_columns`: the tile may pass the matrix's edge.
+    `chain`: what makes the matrix, if it is not read; `value`: it is also written.
     """
 
     input_dtype: str
@@ -75,15 +79,20 @@ class QuantizeRowsSpec:
     warps: int
     stages: int
     capability: Capability
+    chain: Chain | None = None
+    value: bool = False
 
     def __post_init__(self) -> None:
         check_capability(self.side.format, self.capability)
         assert not self.side.per_tensor, "per_tensor scales need the amax pass"
         assert not (self.streamed and self.persistent)
+        assert self.chain is None or len(self.chain.outputs) == 1
+        assert self.chain is not None or not self.value
 
     @property
     def name(self) -> str:
-        return f"quantize_rows_{self.side.label}_{self.input_dtype}"
+        prefix = "" if self.chain is None else "chain_"
+        return f"{prefix}quantize_rows_{self.side.label}_{self.input_dtype}"
 
     def flops(self, T: int, K: int) -> int:
         """Multiply-adds of the rotation, counted twice."""
@@ -91,7 +100,9 @@ class QuantizeRowsSpec:
 
     def bytes(self, T: int, K: int) -> int:
         """Device memory traffic: one read of the input, one write of codes and scales."""
-        return T * K * (INPUT_BYTES[self.input_dtype] + 1) + 4 * T
+        size = INPUT_BYTES[self.input_dtype]
+        read = size if self.chain is None else matrix_bytes(self.chain)
+        return T * K * (read + 1 + self.value * size) + 4 * T
 
 
 @dataclass(frozen=True)
@@ -187,6 +198,104 @@ class QuantizeTilesSpec:
         return T * K * (INPUT_BYTES[self.input_dtype] + layouts)
 
 
+def matrix_bytes(chain: Chain) -> int:
+    """Bytes that a chain reads for one element of its outputs: those of its matrices."""
+    return sum(INPUT_BYTES[each.dtype] for each in chain.inputs if each.shape == MATRIX)
+
+
+@dataclass(frozen=True)
+class MatrixArgument:
+    """A matrix of a rotation that a chain kernel reads: `width` x `width` numbers."""
+
+    dtype: str
+    width: int
+
+
+@dataclass(frozen=True)
+class ChainSide:
+    """One layout (`row` or `column`) of a chain's output: `side` as for other quantizers, and which
+    of the kernel's matrices rotates it."""
+
+    output: int
+    layout: str
+    side: Side | AmaxSide
+    matrix: int | None
+
+
+@dataclass(frozen=True)
+class ChainTiles:
+    """A pass over tiles of `tile_rows` x WIDTH whose matrices [T, K] a chain makes in registers.
+
+    A program walks `tiles` tiles down one stripe of columns. `values`: the outputs that are also
+    written in high precision. `maxnreg`: registers a thread, at most.
+    """
+
+    chain: Chain
+    sides: tuple[ChainSide, ...]
+    values: tuple[bool, ...]
+    matrices: tuple[MatrixArgument, ...]
+    tile_rows: int
+    tiles: int
+    maxnreg: int | None
+    fragment_order: bool
+    mask_rows: bool
+    mask_columns: bool
+    warps: int
+    stages: int
+    capability: Capability
+
+    def __post_init__(self) -> None:
+        for each in self.sides:
+            if isinstance(each.side, Side):
+                check_capability(each.side.format, self.capability)
+
+    @property
+    def name(self) -> str:
+        sides = [f"_{each.layout}s_{each.side.label}" for each in self.sides]
+        dtypes = [f"_{each.dtype}" for each in self.chain.outputs]
+        count = len(self.chain.outputs)
+        what = f"chain_{self.verb}{'' if count == 1 else f'_{count}'}"
+        return what + "".join(dict.fromkeys((*sides, *dtypes)))
+
+    @property
+    def verb(self) -> str:
+        raise NotImplementedError
+
+    def flops(self, T: int, K: int) -> int:
+        widths = [self.matrices[s.matrix].width for s in self.sides if s.matrix is not None]
+        return sum(2 * T * K * width for width in widths)
+
+    def bytes(self, T: int, K: int) -> int:
+        """One read of the chain's matrices, one write of the values (and of the codes)."""
+        outputs = zip(self.chain.outputs, self.values, strict=True)
+        values = sum(INPUT_BYTES[output.dtype] for output, written in outputs if written)
+        codes = sum(isinstance(each.side, Side) for each in self.sides)
+        return T * K * (matrix_bytes(self.chain) + values + codes)
+
+
+@dataclass(frozen=True)
+class ChainAmaxSpec(ChainTiles):
+    """Maximum magnitudes of the sides (each an `AmaxSide`), as `AmaxSpec` makes them."""
+
+    @property
+    def verb(self) -> str:
+        return "amax"
+
+
+@dataclass(frozen=True)
+class ChainWriteSpec(ChainTiles):
+    """Codes of the sides (each a `Side`), from maxima that `ChainAmaxSpec` left."""
+
+    @property
+    def verb(self) -> str:
+        return "quantize"
+
+    @property
+    def descriptors(self) -> bool:
+        """Chains read and write by pointers."""
+        return False
+
+
 @dataclass(frozen=True)
 class ScaledMmSpec:
     """out[m, n] = (sum_c a[m, c] b[n, c]) * a_scale[m] * b_scale[n] + bias[n], both K-major.
@@ -240,4 +349,56 @@ class ScaledMmSpec:
         return (M + N) * C + M * N * INPUT_BYTES[self.out_dtype]
 
 
-KernelSpec = QuantizeRowsSpec | AmaxSpec | QuantizeTilesSpec | ScaledMmSpec
+@dataclass(frozen=True)
+class GluonMmSpec:
+    """`ScaledMmSpec`'s result for int8 codes on Hopper, from one program an SM that keeps the
+    products of two steps in flight; the contraction is one run.
+
+    Operands come and the output goes through tensor descriptors (TMA), `out_width` columns at once:
+    the masks guard the scales and the bias.
+    """
+
+    out_dtype: str
+    bias_dtype: str | None
+    a_per_tensor: bool
+    b_per_tensor: bool
+    block_m: int
+    block_n: int
+    block_c: int
+    group: int
+    mask_m: bool
+    mask_n: bool
+    warps: int
+    stages: int
+    capability: Capability
+
+    def __post_init__(self) -> None:
+        assert self.capability == (9, 0)
+        assert (self.warps, self.block_c) == (4, SWIZZLE_BYTES)
+        assert self.stages >= 2  # a stage is freed when the next one's products have begun
+
+    @property
+    def out_width(self) -> int:
+        return SWIZZLE_BYTES // INPUT_BYTES[self.out_dtype]
+
+    @property
+    def runs(self) -> int:
+        """Stores of one tile."""
+        return self.block_n // self.out_width
+
+    @property
+    def name(self) -> str:
+        return f"scaled_mm_pingpong_int8_{self.out_dtype}"
+
+    def flops(self, M: int, N: int, C: int) -> int:
+        return 2 * M * N * C
+
+    def bytes(self, M: int, N: int, C: int) -> int:
+        """Each operand read once, the output written once."""
+        return (M + N) * C + M * N * INPUT_BYTES[self.out_dtype]
+
+
+MmSpec = ScaledMmSpec | GluonMmSpec
+KernelSpec = (
+    QuantizeRowsSpec | AmaxSpec | QuantizeTilesSpec | MmSpec | ChainAmaxSpec | ChainWriteSpec
+)

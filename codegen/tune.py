@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hadagraph.codegen.spec import WIDTH, Capability
+from hadagraph.region import MATRIX, Chain
 
 SMS_ASSUMED = 132
 MAX_ROW_TILE = 128
@@ -46,8 +47,20 @@ class TilesConfig:
 
 
 @dataclass(frozen=True)
+class ChainConfig:
+    """Passes over tiles of `tile_rows` rows that a chain makes: maxima, then codes. Columns that
+    are rotated in larger blocks take as many rows."""
+
+    tile_rows: int
+    amax: PassConfig
+    write: PassConfig
+    fragment_order: bool = True
+
+
+@dataclass(frozen=True)
 class MmConfig:
-    """Scaled matmul: tile sizes, and whether operands come through tensor descriptors."""
+    """Scaled matmul: tile sizes, and whether operands come through tensor descriptors.
+    `pingpong`: the kernel in Gluon, where it can be used."""
 
     block_m: int
     block_n: int
@@ -56,6 +69,15 @@ class MmConfig:
     stages: int
     descriptors: bool
     group: int = 8
+    pingpong: bool = False
+
+
+@dataclass(frozen=True)
+class LibraryMm:
+    """torch._scaled_mm in place of an emitted kernel. `fast_accumulation`: its fp32 sums stay in
+    the tensor core to the end."""
+
+    fast_accumulation: bool
 
 
 def tma(capability: Capability) -> bool:
@@ -133,6 +155,56 @@ TILES_RACED: dict[str, tuple[TilesConfig, ...]] = {
         TilesConfig(_FOUR, PassConfig(4, 8, 2, descriptors=True), fragment_order=False),
     ),
 }
+# Chains. Whole rows by the number of matrices that the chain reads: one, or more.
+CHAIN_ROWS: dict[str, tuple[RowsConfig, RowsConfig]] = {
+    "sm_80": (_LARGE_ROWS, _LARGE_ROWS),
+    "sm_89": (_LARGE_ROWS, _LARGE_ROWS),
+    "sm_90": (RowsConfig(64, 4, 2, True, True, 2), RowsConfig(128, 8, 2, True, True, 1)),
+    "sm_100": (RowsConfig(128, 8, 2, False, False), RowsConfig(128, 8, 2, False, False)),
+    "sm_120": (_ROWS, _ROWS),
+    "fallback": (RowsConfig(64, 4, 2, False, False), RowsConfig(64, 4, 2, False, False)),
+}
+CHAIN_ROWS_RACED: dict[str, tuple[RowsConfig, ...]] = {
+    "sm_90": (
+        _LARGE_ROWS,
+        RowsConfig(64, 4, 2, False, True),
+        RowsConfig(128, 16, 2, False, True),
+        RowsConfig(128, 8, 1, True, True, 2),
+        RowsConfig(128, 8, 2, True, False, 1),
+    ),
+}
+# Passes by the number of sides that a kernel makes. 128 registers a thread let two programs share
+# an SM; with more than two sides they are enough for one tile a program, with an fp32 output for
+# none.
+_ONE_128_REGISTERS = PassConfig(1, 8, 1, maxnreg=128)
+_CHAIN_CASES = ("one", "two", "more", "fp32")
+_CHAIN_ONE = ChainConfig(64, _ONE, _ONE)
+_CHAIN_UNORDERED = ChainConfig(64, _ONE, _ONE, fragment_order=False)
+CHAIN_TILES: dict[str, dict[str, ChainConfig]] = {
+    "sm_80": dict.fromkeys(_CHAIN_CASES, _CHAIN_ONE),
+    "sm_89": dict.fromkeys(_CHAIN_CASES, _CHAIN_ONE),
+    "sm_90": {
+        "one": ChainConfig(64, _FOUR, _FOUR),
+        "two": ChainConfig(64, PassConfig(4, 8, 1, maxnreg=128), PassConfig(2, 8, 1)),
+        "more": ChainConfig(64, _ONE_128_REGISTERS, _ONE_128_REGISTERS),
+        "fp32": _CHAIN_ONE,
+    },
+    "sm_100": dict.fromkeys(_CHAIN_CASES, _CHAIN_UNORDERED),
+    "sm_120": dict.fromkeys(_CHAIN_CASES, _CHAIN_ONE),
+    "fallback": dict.fromkeys(_CHAIN_CASES, _CHAIN_UNORDERED),
+}
+CHAIN_TILES_RACED: dict[str, tuple[ChainConfig, ...]] = {
+    "sm_90": (
+        _CHAIN_ONE,
+        ChainConfig(128, _ONE, _ONE),
+        ChainConfig(128, PassConfig(4, 8, 1), PassConfig(4, 8, 1)),
+        ChainConfig(64, PassConfig(4, 8, 1), PassConfig(4, 8, 1)),
+        ChainConfig(64, PassConfig(4, 4, 2), PassConfig(4, 4, 2)),
+        ChainConfig(64, PassConfig(2, 8, 1, maxnreg=128), PassConfig(2, 8, 1, maxnreg=128)),
+        ChainConfig(64, PassConfig(4, 16, 1), PassConfig(4, 16, 1)),
+        ChainConfig(64, _FOUR, _FOUR, fragment_order=False),
+    ),
+}
 _SM_80 = (
     MmConfig(128, 128, 64, 8, 3, False),
     MmConfig(64, 128, 64, 4, 3, False),
@@ -144,7 +216,10 @@ _SM_100 = (
     MmConfig(128, 128, 128, 4, 4, True),
     MmConfig(128, 64, 128, 4, 4, True),
 )
-# Hopper's int8 product is waited for in every step: two programs an SM fill each other's gaps,
+# In Gluon two warpgroups take turns: 1325 to 1495 TFLOP/s over the GEMMs of a Llama block on one
+# H200, where the first of _HOPPER has 981 to 1459.
+_PINGPONG = MmConfig(128, 128, 128, 4, 6, True, pingpong=True)
+# Triton waits for Hopper's int8 product in every step: two programs an SM fill each other's gaps,
 # which the 4-warp tile with three stages allows. fp8 is not waited for and takes the large tile.
 _HOPPER = (
     MmConfig(128, 128, 128, 4, 3, True, group=16),
@@ -154,13 +229,17 @@ _HOPPER = (
 MM: dict[str, dict[str, tuple[MmConfig, ...]]] = {
     "sm_80": dict.fromkeys(("int8", "fp8"), _SM_80),
     "sm_89": dict.fromkeys(("int8", "fp8"), _SM_80),
-    "sm_90": {"int8": _HOPPER, "fp8": (MmConfig(128, 256, 128, 8, 4, True), *_HOPPER)},
+    "sm_90": {
+        "int8": (_PINGPONG, *_HOPPER),
+        "fp8": (MmConfig(128, 256, 128, 8, 4, True), *_HOPPER),
+    },
     "sm_100": dict.fromkeys(("int8", "fp8"), _SM_100),
     "sm_120": dict.fromkeys(("int8", "fp8"), _SM_80[:3]),
     "fallback": dict.fromkeys(("int8", "fp8"), (MmConfig(64, 64, 64, 4, 2, False),)),
 }
 MM_RACED: dict[str, tuple[MmConfig, ...]] = {
     "sm_90": (
+        MmConfig(128, 128, 128, 4, 6, True, group=16, pingpong=True),
         MmConfig(256, 128, 128, 8, 4, True),
         MmConfig(128, 64, 128, 4, 5, True),
         MmConfig(64, 64, 128, 4, 3, True),
@@ -170,6 +249,10 @@ MM_RACED: dict[str, tuple[MmConfig, ...]] = {
 }
 # At 256 x 4096 x 4096 a 64 x 128 tile (128 programs) beats 64 x 64 for fp8, not for int8.
 MM_PROGRAMS = {"int8": SMS_ASSUMED, "fp8": 120}
+# The fp8 matmuls that torch._scaled_mm wins (bench/results/kernels.json), as the least number of
+# 128 x 128 tiles in the output, for one scale a tensor and one a row. Row-wise it has no smaller
+# tile and no split, and loses where SMs stay idle.
+LIBRARY_TILES: dict[str, dict[str, int]] = {"sm_90": {"tensorwise": 1, "rowwise": SMS_ASSUMED}}
 LONG_ROW_GROUPS = 128
 
 
@@ -195,15 +278,51 @@ def tiles_configuration(
     return ladder[-1]
 
 
-def scaled_mm_configuration(M: int, N: int, integer: bool, capability: Capability) -> MmConfig:
+def chain_rows_configuration(chain: Chain, capability: Capability) -> RowsConfig:
+    """The table's configuration of the whole-row kernel of a chain."""
+    matrices = sum(each.shape == MATRIX for each in chain.inputs)
+    return CHAIN_ROWS[_table_key(capability)][min(matrices, 2) - 1]
+
+
+def chain_configuration(chain: Chain, sides: int, capability: Capability) -> ChainConfig:
+    """The table's configuration of the passes that make this many sides of a chain's outputs."""
+    case = _CHAIN_CASES[min(sides, 3) - 1]
+    if any(each.dtype == "fp32" for each in chain.outputs):
+        case = "fp32"
+    return CHAIN_TILES[_table_key(capability)][case]
+
+
+def chain_rows_candidates(capability: Capability) -> tuple[RowsConfig, ...]:
+    key = _table_key(capability)
+    return tuple(dict.fromkeys((*CHAIN_ROWS[key], *CHAIN_ROWS_RACED.get(key, ()))))
+
+
+def chain_candidates(capability: Capability) -> tuple[ChainConfig, ...]:
+    key = _table_key(capability)
+    return tuple(dict.fromkeys((*CHAIN_TILES[key].values(), *CHAIN_TILES_RACED.get(key, ()))))
+
+
+def scaled_mm_configuration(
+    M: int, N: int, integer: bool, capability: Capability, *, pingpong: bool = False
+) -> MmConfig:
     """The largest tile of the format's ladder that still gives nearly every SM a program; the
-    smallest tile if none does."""
+    smallest tile if none does. `pingpong`: kernels in Gluon can be used."""
     name = "int8" if integer else "fp8"
-    ladder = MM[_table_key(capability)][name]
+    whole = MM[_table_key(capability)][name]
+    ladder = [config for config in whole if pingpong or not config.pingpong]
     for config in ladder:
         if -(-M // config.block_m) * -(-N // config.block_n) >= MM_PROGRAMS[name]:
             return config
     return ladder[-1]
+
+
+def library_is_faster(M: int, N: int, tensorwise: bool, capability: Capability) -> bool:
+    """Whether the table gives an fp8 matmul with an [M, N] output to torch._scaled_mm."""
+    least = LIBRARY_TILES.get(_table_key(capability))
+    if least is None:
+        return False
+    tiles = -(-M // 128) * -(-N // 128)
+    return tiles >= least["tensorwise" if tensorwise else "rowwise"]
 
 
 def both_layouts_in_one(capability: Capability, input_bytes: int, one_matrix: bool) -> bool:

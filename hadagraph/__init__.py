@@ -6,6 +6,7 @@ torch.compile(model, backend="hadagraph")
 from hadagraph.config import Config
 from hadagraph.explanation import Explanation, explain, measure_sqnr
 from hadagraph.formats import FORMATS
+from hadagraph.measurement import measure_device
 from hadagraph.plan import Plan
 from hadagraph.recipes import RECIPES
 from hadagraph.reports import report, reset_report
@@ -19,6 +20,7 @@ __all__ = [
     "Plan",
     "Rotation",
     "explain",
+    "measure_device",
     "measure_sqnr",
     "report",
     "reset_report",

@@ -14,11 +14,13 @@ import torch
 from torch import fx
 
 from hadagraph import compat, ops
-from hadagraph.codegen import launch
+from hadagraph.codegen import launch, tuned
 from hadagraph.config import Config, parse_options
+from hadagraph.device import DeviceProfile
 from hadagraph.dump import GraphDump
 from hadagraph.graph import backward_nodes, calls
-from hadagraph.passes import PassState, fuse, run_pipeline
+from hadagraph.measurement import profile_of
+from hadagraph.passes import PassState, compress_saved, fuse, narrow_quantizers, run_pipeline
 from hadagraph.plan import Plan
 from hadagraph.reports import (
     PROCESS,
@@ -55,7 +57,7 @@ def compile_graph(
     gm: fx.GraphModule, inputs: Sequence[Any], config: Config, collector: Collector
 ) -> Callable[..., Any]:
     """One graph with one configuration; reports go to `collector`."""
-    session = Session(config, _capability(inputs), collector)
+    session = Session(config, _capability(inputs), collector, _profile(inputs))
     for device in _cuda_devices(inputs):
         launch.prepare(device)
     if config.executor == "eager":
@@ -96,21 +98,34 @@ def _capability(inputs: Sequence[Any]) -> tuple[int, int] | None:
     return min(found, default=None)
 
 
+def _profile(inputs: Sequence[Any]) -> DeviceProfile | None:
+    """What is known of the first CUDA device's speed; None on the CPU."""
+    devices = _cuda_devices(inputs)
+    return profile_of(devices[0]) if devices else None
+
+
 class Session:
     """What the hooks of one compiled graph share: options, device, report and dump."""
 
     def __init__(
-        self, config: Config, capability: tuple[int, int] | None, collector: Collector
+        self,
+        config: Config,
+        capability: tuple[int, int] | None,
+        collector: Collector,
+        profile: DeviceProfile | None = None,
     ) -> None:
         self.config = config
         self.capability = capability
+        self.profile = profile
         self.collector = collector
         self.report: GraphReport | None = None
         self.dump: GraphDump | None = None
 
     def uuid(self) -> str:
-        """Everything that decides what the passes do: options, device, every source file."""
-        key = repr((self.config.cache_key(), self.capability, _source_hash()))
+        """Everything that decides what the passes do and what runs: options, device, what was tuned
+        on it, every source file."""
+        machine = (self.capability, self.profile, tuned.fingerprint())
+        key = repr((self.config.cache_key(), machine, _source_hash()))
         return hashlib.sha256(key.encode()).hexdigest()
 
     def rewrite(self, graph: fx.Graph) -> None:
@@ -118,7 +133,8 @@ class Session:
         if self.config.dump is not None:
             self.dump = GraphDump(self.config.dump)
         training = bool(backward_nodes(graph))
-        state = PassState(self.config, Plan(self.config.recipe), self.capability)
+        plan = Plan(self.config.recipe)
+        state = PassState(self.config, plan, self.capability, self.profile)
         plan = run_pipeline(graph, state, self._observe)
         self.report = GraphReport(
             kind="training" if training else "inference",
@@ -141,8 +157,12 @@ class Session:
         if self.dump is None or self.report is None:
             return
         self.dump.plan(self.report)
+        self._write_kernels(graph)
+
+    def _write_kernels(self, graph: fx.Graph) -> None:
+        assert self.dump is not None
         sources: dict[str, str] = {}
-        for node in calls(graph, (*ops.QUANTIZERS, ops.scaled_mm)):
+        for node in calls(graph, (*ops.QUANTIZERS, ops.quantize_chain, ops.scaled_mm)):
             arguments = fx.map_arg(node.args, lambda argument: argument.meta["val"])
             name = node.target._opname  # type: ignore[union-attr]
             sources |= launch.sources_for(name, arguments, self.capability or DUMP_CAPABILITY)
@@ -151,8 +171,13 @@ class Session:
     def partitioned(
         self, forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int
     ) -> None:
-        """Report what the forward saves."""
-        assert self.report is not None
+        """Compress what the forward saves, if asked to, and report it."""
+        if self.config.memory in ("balanced", "min"):
+            compress_saved(forward.graph, backward.graph, num_fwd_outputs, self.config.memory)
+            forward.recompile()
+            backward.recompile()
+        if self.report is None:
+            return
         self.report.saved = saved_for_backward(forward, num_fwd_outputs)
         self.report.saved_bytes = sum(size for _, _, size in self.report.saved)
         if self.dump is not None:
@@ -161,10 +186,19 @@ class Session:
             self.dump.plan(self.report)
 
     def fuse(self, graph: fx.Graph) -> None:
-        """Group the chains of a partitioned graph."""
-        regions = fuse(graph)
+        """Fuse the producers of a partitioned graph's quantizers, and report."""
+        rounded = self.config.executor == "eager" or compat.inductor_config.emulate_precision_casts
+        narrow_quantizers(graph)
+        regions = fuse(graph, producers=self.config.fuse, rounded=rounded)
+        for region in regions:
+            log.debug("%s", region)
         if self.report is not None:
             self.report.regions.extend(regions)
+        if self.config.debug:
+            verify(graph, "fuse", lowered=True, partitioned=True)
+        if self.dump is not None and self.report is not None:
+            self.dump.plan(self.report)
+            self._write_kernels(graph)
 
 
 @functools.cache
@@ -194,7 +228,7 @@ class JointPass(compat.CustomGraphPass):  # type: ignore[misc]
 
 
 class FusePass(compat.CustomGraphPass):  # type: ignore[misc]
-    """Grouping as Inductor's hook on the partitioned graphs."""
+    """Producer fusion as Inductor's hook on the partitioned graphs."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -223,7 +257,8 @@ class ComposedPass(compat.CustomGraphPass):  # type: ignore[misc]
 
 
 class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
-    """The user's partitioner or torch's min-cut, with a report of what is saved."""
+    """The user's partitioner or torch's min-cut, what it saves compressed as asked for, and a
+    report of it."""
 
     def __init__(self, session: Session, theirs: Any) -> None:
         self.session = session
@@ -234,8 +269,7 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         partition = self.theirs or compat.min_cut_partition
         forward, backward = partition(gm, joint_inputs, **kwargs)
-        if self.session.report is not None:
-            self.session.partitioned(forward, backward, kwargs["num_fwd_outputs"])
+        self.session.partitioned(forward, backward, kwargs["num_fwd_outputs"])
         return forward, backward
 
     def uuid(self) -> str | None:

@@ -156,6 +156,17 @@ def _quantize(node: fx.Node, bases: dict[fx.Node, Any]) -> tuple[Basis, ...]:
     return tuple(basis for text in encodings for basis in _codes_basis(text))
 
 
+def _quantize_chain(node: fx.Node, bases: dict[fx.Node, Any]) -> tuple[Basis, ...]:
+    inputs, _, *layouts, values = arguments(node)
+    for source in inputs:
+        _require(not _rotated(bases[source]), node, f"takes {source} in a rotated one")
+    results: list[Basis] = []
+    for rows, columns, kept in zip(*layouts, values, strict=True):
+        results += [basis for text in (rows, columns) if text for basis in _codes_basis(text)]
+        results += [(None, None)] if kept else []
+    return tuple(results)
+
+
 def _getitem(node: fx.Node, bases: dict[fx.Node, Any]) -> Any:
     source, index = arguments(node)
     basis = bases.get(source)
@@ -177,6 +188,7 @@ BASIS_RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, Any]], Any]] = {
     ops.quantize_rows: _quantize,
     ops.quantize_columns: _quantize,
     ops.quantize_both: _quantize,
+    ops.quantize_chain: _quantize_chain,
     ops.scaled_mm: _scaled_mm,
     ops.scaled_mm_measured: _scaled_mm,
     operator.getitem: _getitem,

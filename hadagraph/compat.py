@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from torch._inductor.custom_graph_pass import (
     get_hash_for_files,
 )
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -34,15 +37,20 @@ __all__ = [
     "boxed",
     "cache_dir",
     "compile_fx",
+    "cuda_driver_version",
     "detect_fake_mode",
+    "empty_strided_cuda",
     "get_hash_for_files",
     "inductor_config",
     "inductor_option_default",
     "inductor_option_names",
+    "library_scaled_mm",
     "list_mode_options",
     "min_cut_partition",
     "reset_cudagraph_trees",
     "select_decomp_table",
+    "spin",
+    "stable_topological_sort",
     "static_hint",
     "without_caches",
 ]
@@ -58,6 +66,13 @@ INHERITED_META = (
     "fwd_nn_module_stack",
     "custom",
 )
+
+
+# (size, stride, dtype) on the current device: what Inductor's generated code allocates with.
+empty_strided_cuda: Callable[..., torch.Tensor] = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
+
+# The fp8 matmuls of cuBLASLt and CUTLASS.
+library_scaled_mm: Callable[..., torch.Tensor] = torch._scaled_mm
 
 
 def inductor_option_names() -> frozenset[str]:
@@ -99,6 +114,25 @@ def static_hint(size: int | torch.SymInt) -> int:
         return size
     hint = size.node.hint if size.node.has_hint() else None
     return 1 if hint is None else int(hint)
+
+
+def cuda_driver_version() -> int:
+    """The newest CUDA that the driver speaks, as 1000 * major + 10 * minor; 0 without a driver.
+
+    From the driver itself (cuDriverGetVersion): torch's own binding is not in every version.
+    """
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return 0
+    version = ctypes.c_int(0)
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
+def spin(cycles: int) -> None:
+    """Keep the current CUDA stream busy for that many clock cycles."""
+    torch.cuda._sleep(cycles)
 
 
 def boxed(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from hadagraph.recipes import DEFAULT_RECIPE, ROLES, recipe_named
 
 EXECUTORS = ("inductor", "eager")
 EVAL_CHOICES = ("train", "bf16")
+MEMORY_CHOICES = ("fast", "exact", "balanced", "min")
 # Language-model heads and mixture-of-experts routers: small errors there cost loss directly.
 DEFAULT_KEEP = ("lm_head", "*.lm_head", "*.embed_out", "*.router", "*.gate")
 
@@ -26,8 +27,14 @@ class Config:
     overrides: glob over `module.path` or `module.path:role` -> recipe name; the last match wins.
     keep: globs over module paths whose GEMMs stay in high precision unless an override names them.
     min_size: a GEMM with a known dim below this stays in high precision.
+    never_slower: what the device's profile predicts to lose against bf16 stays, unless an override
+        names it.
+    fuse: quantizers compute the pointwise ops that make their input, where that moves fewer bytes.
     executor: `inductor`, or `eager` to run the rewritten graph without a compiler.
     eval: in graphs without a backward, the training forward's plan (`train`) or none (`bf16`).
+    memory: what is kept for the backward: exact values, with pointwise ops (`fast`) or attention's
+        output projection, too (`exact`), recomputed; or 8-bit codes of what pointwise ops and norms
+        read (`balanced`), 4-bit ones and attention's operands in 8 bits (`min`).
     dump: a folder for graphs, diffs, the plan and kernels; also by HADAGRAPH_DUMP.
     debug: verify the graph after every pass; also by HADAGRAPH_DEBUG=1.
     measure: compare every quantized GEMM with fp64 on the same operands (executor `eager` only).
@@ -39,8 +46,11 @@ class Config:
     overrides: tuple[tuple[str, str], ...] = ()
     keep: tuple[str, ...] = DEFAULT_KEEP
     min_size: int = 16
+    never_slower: bool = True
+    fuse: bool = True
     executor: str = "inductor"
     eval: str = "train"
+    memory: str = "exact"
     dump: str | None = None
     debug: bool = False
     measure: bool = False
@@ -53,6 +63,7 @@ class Config:
             _check_override(pattern, name)
         _one_of("executor", self.executor, EXECUTORS)
         _one_of("eval", self.eval, EVAL_CHOICES)
+        _one_of("memory", self.memory, MEMORY_CHOICES)
         if self.min_size < 1:
             raise ValueError(f"option min_size must be at least 1, got {self.min_size!r}")
         if self.measure and self.executor != "eager":
@@ -66,6 +77,12 @@ class Config:
         patches.update(self.inductor)
         return patches
 
+    @property
+    def captures_launches(self) -> bool:
+        """Whether kernels are replayed from CUDA graphs, so that launches cost the host nothing."""
+        default = compat.inductor_option_default("triton.cudagraphs")
+        return bool(self.inductor_patches().get("triton.cudagraphs", default))
+
     def cache_key(self) -> str:
         """Text that differs whenever the compiled code could: every option but the dump folder."""
         return repr([(f.name, getattr(self, f.name)) for f in fields(self) if f.name != "dump"])
@@ -76,8 +93,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "overrides": (Mapping,),
     "keep": (list, tuple),
     "min_size": (int,),
+    "never_slower": (bool,),
+    "fuse": (bool,),
     "executor": (str,),
     "eval": (str,),
+    "memory": (str,),
     "dump": (str, os.PathLike),
     "debug": (bool,),
     "measure": (bool,),

@@ -17,6 +17,7 @@ from hadagraph import compat, ops
 aten = torch.ops.aten
 TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int)
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+ALIASES = (aten.alias.default, aten.detach.default)
 CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 
 
@@ -70,11 +71,22 @@ def outputs_of(graph: fx.Graph, node: fx.Node, count: int) -> tuple[fx.Node, ...
     return tuple(reversed(results))
 
 
+def getitems(node: fx.Node) -> dict[int, fx.Node]:
+    """The outputs of a multi-output node that something reads, by number."""
+    users = (user for user in node.users if user.target is operator.getitem)
+    return {arguments(user)[1]: user for user in users}
+
+
 def tensor(node: fx.Node) -> torch.Tensor:
     """The fake tensor a node stands for."""
     value = node.meta["val"]
     assert isinstance(value, torch.Tensor), f"{node} is not a tensor"
     return value
+
+
+def storage_of(node: fx.Node) -> int:
+    """An identifier of the memory that a tensor lies in; views share it."""
+    return tensor(node).untyped_storage()._cdata
 
 
 def transposed_source(node: fx.Node) -> fx.Node | None:

@@ -6,11 +6,19 @@ T tokens or rows, K columns, M and N kept dims, C contracted dim (padded), all p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from hadagraph.formats import PER_TENSOR, Encoding, format_named
-from hadagraph.reference import quantize_reference, scaled_mm_reference
+from hadagraph.reference import (
+    CHAIN_DTYPES,
+    chain_reference,
+    quantize_reference,
+    scaled_mm_reference,
+)
+from hadagraph.region import COLUMNS, MATRIX, ROWS, SCALAR, Chain
 from hadagraph.rotation import Rotation, padded_size, rotate_reference, unrotate_reference
 
 NAMESPACE = "hadagraph"
@@ -26,6 +34,12 @@ SCHEMAS = {
     "quantize_columns": "(Tensor x, str columns) -> (Tensor codes, Tensor scale)",
     "quantize_both": "(Tensor x, str rows, str columns) -> (Tensor row_codes, Tensor row_scale, "
     "Tensor column_codes, Tensor column_scale)",
+    # what fuse leaves behind: pointwise arithmetic (region.Chain as text) and quantizers of what it
+    # makes. Per output of the chain the encodings of its two layouts ("": not wanted) and whether
+    # the rounded matrix is wanted; of those wanted, in order: row codes, row scale, column codes,
+    # column scale, value
+    "quantize_chain": "(Tensor[] inputs, str chain, str[] rows, str[] columns, bool[] values) "
+    "-> Tensor[]",
     "scaled_mm": "(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, "
     "ScalarType out_dtype) -> Tensor",
     # scaled_mm that also compares itself with an fp64 product of the unquantized operands
@@ -41,6 +55,7 @@ unrotate = torch.ops.hadagraph.unrotate.default
 quantize_rows = torch.ops.hadagraph.quantize_rows.default
 quantize_columns = torch.ops.hadagraph.quantize_columns.default
 quantize_both = torch.ops.hadagraph.quantize_both.default
+quantize_chain = torch.ops.hadagraph.quantize_chain.default
 scaled_mm = torch.ops.hadagraph.scaled_mm.default
 scaled_mm_measured = torch.ops.hadagraph.scaled_mm_measured.default
 QUANTIZERS = (quantize_rows, quantize_columns, quantize_both)
@@ -73,6 +88,42 @@ def _quantize_both(x: Tensor, rows: str, columns: str) -> tuple[Tensor, Tensor, 
     return (*_quantize_rows(x, rows), *_quantize_columns(x, columns))
 
 
+def _quantize_chain(
+    inputs: list[Tensor], chain: str, rows: list[str], columns: list[str], values: list[bool]
+) -> list[Tensor]:
+    parsed = checked_chain(inputs, chain, rows, columns, values)
+    results: list[Tensor] = []
+    for value, by_rows, by_columns, kept in zip(
+        chain_reference(parsed, inputs), rows, columns, values, strict=True
+    ):
+        results += _quantize_rows(value, by_rows) if by_rows else ()
+        results += _quantize_columns(value, by_columns) if by_columns else ()
+        results += [value] if kept else []
+    return results
+
+
+def checked_chain(
+    inputs: Sequence[Tensor],
+    chain: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[bool],
+) -> Chain:
+    """The chain of a `quantize_chain`. ValueError unless there are as many inputs, and encodings of
+    outputs, as it says."""
+    parsed = Chain.parse(chain)
+    if len(inputs) != len(parsed.inputs):
+        raise ValueError(
+            f"quantize_chain: inputs must be {len(parsed.inputs)} tensors, got {len(inputs)}"
+        )
+    for name, given in (("rows", rows), ("columns", columns), ("values", values)):
+        if len(given) != len(parsed.outputs):
+            raise ValueError(
+                f"quantize_chain: {name} must be {len(parsed.outputs)} long, got {len(given)}"
+            )
+    return parsed
+
+
 MEASURED: dict[str, float] = {}
 
 
@@ -103,6 +154,7 @@ LIBRARY.impl("scaled_mm_measured", _scaled_mm_measured, "CompositeExplicitAutogr
 LIBRARY.impl("quantize_rows", _quantize_rows, "CPU")
 LIBRARY.impl("quantize_columns", _quantize_columns, "CPU")
 LIBRARY.impl("quantize_both", _quantize_both, "CPU")
+LIBRARY.impl("quantize_chain", _quantize_chain, "CPU")
 LIBRARY.impl("scaled_mm", scaled_mm_reference, "CPU")
 
 
@@ -152,6 +204,29 @@ def _quantize_both_fake(
         *_quantized_fake(x, Encoding.parse(rows), 1),
         *_quantized_fake(x, Encoding.parse(columns), 0),
     )
+
+
+@torch.library.register_fake("hadagraph::quantize_chain", lib=LIBRARY)
+def _quantize_chain_fake(
+    inputs: list[Tensor], chain: str, rows: list[str], columns: list[str], values: list[bool]
+) -> list[Tensor]:
+    parsed = checked_chain(inputs, chain, rows, columns, values)
+    shapes = [each.shape for each in parsed.inputs]
+    x = inputs[shapes.index(MATRIX)]
+    expected = {MATRIX: x.shape, ROWS: x.shape[:1], COLUMNS: x.shape[1:], SCALAR: ()}
+    for given, shape in zip(inputs, shapes, strict=True):
+        torch._check(
+            tuple(given.shape) == tuple(expected[shape]),
+            lambda shape=shape: f"quantize_chain: the shape of a {shape} input differs",
+        )
+    results: list[Tensor] = []
+    for output, by_rows, by_columns, kept in zip(
+        parsed.outputs, rows, columns, values, strict=True
+    ):
+        results += _quantized_fake(x, Encoding.parse(by_rows), 1) if by_rows else ()
+        results += _quantized_fake(x, Encoding.parse(by_columns), 0) if by_columns else ()
+        results += [x.new_empty(x.shape, dtype=CHAIN_DTYPES[output.dtype])] if kept else []
+    return results
 
 
 @torch.library.register_fake("hadagraph::scaled_mm", lib=LIBRARY)

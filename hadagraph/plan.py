@@ -60,12 +60,13 @@ class OperandPlan:
 @dataclass(frozen=True)
 class Decision:
     """A site and the plans of its operands; both None where it stays in high precision, and then
-    `reason` says why."""
+    `reason` says why. `asked`: an override of the user's names the site."""
 
     site: GemmSite
     lhs: OperandPlan | None = None
     rhs: OperandPlan | None = None
     reason: str | None = None
+    asked: bool = False
 
     @property
     def lowered(self) -> bool:
@@ -74,10 +75,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions of one graph, in graph order."""
+    """The decisions of one graph, in graph order. `note`: what is predicted of it."""
 
     recipe: str
     decisions: tuple[Decision, ...] = field(default=())
+    note: str = ""
 
     def by_node(self) -> dict[str, Decision]:
         """The decisions by the name of the GEMM node."""
@@ -91,7 +93,8 @@ class Plan:
     def from_json(text: str) -> Plan:
         """The plan that `to_json` wrote."""
         data = json.loads(text)
-        return Plan(data["recipe"], tuple(_decision(entry) for entry in data["decisions"]))
+        decisions = tuple(_decision(entry) for entry in data["decisions"])
+        return Plan(data["recipe"], decisions, data["note"])
 
 
 def _decision(entry: dict[str, Any]) -> Decision:
@@ -100,6 +103,7 @@ def _decision(entry: dict[str, Any]) -> Decision:
         _operand_plan(entry["lhs"]),
         _operand_plan(entry["rhs"]),
         entry["reason"],
+        entry["asked"],
     )
 
 

@@ -11,10 +11,13 @@ A group that holds inf or NaN gets scale NaN and codes 0; a group of zeros scale
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 
 from hadagraph.formats import PER_TENSOR, Encoding, format_named
+from hadagraph.region import MATRIX, ROWS, Chain, Value
 from hadagraph.rotation import padded_size, rotate_reference
 
 # Below this the reciprocal scale would overflow fp32; such a group simply uses fewer codes.
@@ -27,6 +30,57 @@ def normalization(encoding: Encoding) -> float:
     """1/sqrt(block) rounded to fp32, the factor folded into the scale; 1 without a rotation."""
     block = encoding.rotation.block if encoding.rotation else 1
     return float(np.float32(1.0) / np.sqrt(np.float32(block)))
+
+
+CHAIN_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+STEPS: dict[str, Callable[..., torch.Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "pow": torch.pow,
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "square": torch.square,
+    "reciprocal": torch.reciprocal,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "exp": torch.exp,
+    "log": torch.log,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "erf": torch.erf,
+    "relu": torch.relu,
+    "cast_bf16": lambda x: x.to(torch.bfloat16).float(),
+    "cast_fp16": lambda x: x.to(torch.float16).float(),
+}
+
+
+def chain_reference(chain: Chain, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The matrices [T, K] that a chain makes, contiguous, each in its output's dtype.
+
+    inputs: in the order of `chain.inputs`, [T, K], [T], [K] or [] as their shapes say. Every step
+    computes in fp32 and rounds to fp32; constants are fp32.
+    """
+    values = [
+        given.float()[:, None] if each.shape == ROWS else given.float()
+        for each, given in zip(chain.inputs, inputs, strict=True)
+    ]
+
+    def value(operand: Value | float) -> torch.Tensor:
+        if isinstance(operand, Value):
+            return values[operand.index]
+        return torch.tensor(operand, dtype=torch.float32, device=inputs[0].device)
+
+    for step in chain.steps:
+        values.append(STEPS[step.op](*map(value, step.operands)))
+    shape = inputs[[each.shape for each in chain.inputs].index(MATRIX)].shape
+    return [
+        inputs[0].new_empty(shape, dtype=CHAIN_DTYPES[output.dtype]).copy_(value(output.value))
+        for output in chain.outputs
+    ]
 
 
 def quantize_reference(

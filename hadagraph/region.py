@@ -148,9 +148,24 @@ def _parse_operand(text: str) -> Value | float:
 
 @dataclass(frozen=True)
 class Region:
-    """A quantizing op with the pointwise chain that produces its input (`producers`, single-use,
-    nearest last) and the GEMMs that read its codes, by node name."""
+    """A quantizing op of a partitioned graph, by node name.
+
+    gemms: the GEMMs that read its codes. producers: the pointwise nodes that it computes, in graph
+    order, and `chain` their arithmetic (`Chain` as text). reason: why it computes none. unfused and
+    fused: device memory traffic of producers and quantizers, codes left out, in bytes for one
+    element of the matrix, without and with fusion; 0 where nothing was to be weighed.
+    """
 
     quantizer: str
-    producers: tuple[str, ...]
     gemms: tuple[str, ...]
+    producers: tuple[str, ...] = ()
+    chain: str = ""
+    reason: str = ""
+    unfused: int = 0
+    fused: int = 0
+
+    def __str__(self) -> str:
+        weighed = f" ({self.unfused} -> {self.fused} bytes an element)" if self.fused else ""
+        if self.chain:
+            return f"{self.quantizer} computes {', '.join(self.producers)}{weighed}"
+        return f"{self.quantizer} computes no producer: {self.reason}{weighed}"

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import fx
 
 from hadagraph import compat, ops
-from hadagraph.graph import arguments, calls, tensor
+from hadagraph.graph import arguments, calls, storage_of, tensor
 from hadagraph.plan import PLAN_COLUMNS, Decision, Plan, plan_rows
 from hadagraph.region import Region
 
@@ -61,16 +61,20 @@ class GraphReport:
         return table
 
     def text(self, width: int = 160) -> str:
-        """The plan, what is shared and what is saved, as plain text."""
+        """The plan, what is shared, saved and fused, as plain text."""
         console = Console(width=width, color_system=None)
         with console.capture() as captured:
             console.print(self.table())
+            if self.plan.note:
+                console.print(self.plan.note)
             for shared in self.shared:
                 console.print(f"{shared.quantizer}({shared.source}): {', '.join(shared.readers)}")
             if self.saved_bytes is not None:
                 console.print(f"saved for backward: {self.saved_bytes / 2**20:.2f} MiB")
                 for name, description, size in self.saved:
                     console.print(f"  {name} {description} {size / 2**20:.3f} MiB")
+            for region in self.regions:
+                console.print(str(region))
         return captured.get()
 
 
@@ -130,24 +134,24 @@ def saved_for_backward(
     forward: fx.GraphModule, num_fwd_outputs: int
 ) -> tuple[tuple[str, str, int], ...]:
     """(name, dtype[shape], bytes) of each tensor that a partitioned forward hands to the backward,
-    graph inputs left out."""
+    graph inputs left out. Memory counts whole and once, however many views of it are saved."""
     (outputs,) = next(iter(reversed(forward.graph.nodes))).args
-    saved: dict[str, tuple[str, str, int]] = {}
+    seen = {storage_of(node) for node in _tensors(forward.graph.find_nodes(op="placeholder"))}
+    saved = []
     for node in _tensors(outputs[num_fwd_outputs:]):
+        if storage_of(node) in seen:
+            continue
+        seen.add(storage_of(node))
         value = tensor(node)
-        size = value.element_size()
-        for dim in value.shape:
-            size *= compat.static_hint(dim)
+        size = compat.static_hint(value.untyped_storage().nbytes())
         dtype = str(value.dtype).removeprefix("torch.")
-        saved[node.name] = (node.name, f"{dtype}{list(value.shape)}", size)
-    return tuple(saved.values())
+        saved.append((node.name, f"{dtype}{list(value.shape)}", size))
+    return tuple(saved)
 
 
 def _tensors(nodes: Sequence[Any]) -> list[fx.Node]:
     return [
         node
         for node in nodes
-        if isinstance(node, fx.Node)
-        and node.op != "placeholder"
-        and isinstance(node.meta.get("val"), torch.Tensor)
+        if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
     ]

@@ -8,24 +8,30 @@ from dataclasses import dataclass
 from torch import fx
 
 from hadagraph.config import Config
+from hadagraph.device import DeviceProfile
 from hadagraph.passes.cancel_rotations import cancel_rotations
+from hadagraph.passes.compress_saved import compress_saved
 from hadagraph.passes.fuse import fuse
 from hadagraph.passes.insert_rotations import insert_rotations
 from hadagraph.passes.lower_precision import lower_precision
+from hadagraph.passes.narrow_quantizers import narrow_quantizers
+from hadagraph.passes.never_slower import never_slower
 from hadagraph.passes.normalize import normalize
 from hadagraph.passes.plan_precision import plan_precision
 from hadagraph.plan import Plan
 
-__all__ = ["PIPELINE", "PassState", "fuse", "run_pipeline"]
+__all__ = ["PIPELINE", "PassState", "compress_saved", "fuse", "narrow_quantizers", "run_pipeline"]
 
 
 @dataclass
 class PassState:
-    """What the passes of one graph hand on: the options, and the plan once it is made."""
+    """What the passes of one graph hand on: the options, what is known of the device, and the plan
+    once it is made."""
 
     config: Config
     plan: Plan
     capability: tuple[int, int] | None = None
+    profile: DeviceProfile | None = None
 
 
 def _normalize(graph: fx.Graph, state: PassState) -> None:
@@ -34,6 +40,13 @@ def _normalize(graph: fx.Graph, state: PassState) -> None:
 
 def _plan(graph: fx.Graph, state: PassState) -> None:
     state.plan = plan_precision(graph, state.config, state.capability)
+
+
+def _give_back(graph: fx.Graph, state: PassState) -> None:
+    if state.profile is not None and state.config.never_slower:
+        host = not state.config.captures_launches
+        fused = state.config.fuse
+        state.plan = never_slower(graph, state.plan, state.profile, host=host, fused=fused)
 
 
 def _insert(graph: fx.Graph, state: PassState) -> None:
@@ -45,13 +58,15 @@ def _cancel(graph: fx.Graph, state: PassState) -> None:
 
 
 def _lower(graph: fx.Graph, state: PassState) -> None:
-    state.plan = lower_precision(graph, state.plan, measure=state.config.measure)
+    config = state.config
+    state.plan = lower_precision(graph, state.plan, measure=config.measure, memory=config.memory)
 
 
 Pass = Callable[[fx.Graph, PassState], None]
 PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("normalize", _normalize),  # first: every later pass knows one GEMM form only
     ("plan_precision", _plan),  # needs the GEMMs grouped by Linear; decides before anyone acts
+    ("never_slower", _give_back),  # corrects the plan by cost, while nobody has acted on it
     ("insert_rotations", _insert),  # exact, where the plan says
     ("cancel_rotations", _cancel),  # exact; before lowering, which wants one rotation a tensor
     ("lower_precision", _lower),  # the only pass that changes numerics

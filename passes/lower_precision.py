@@ -11,6 +11,7 @@ quantized once however many GEMMs read it. The only pass that changes numerics.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +21,6 @@ from hadagraph import ops
 from hadagraph.compat import CheckpointPolicy
 from hadagraph.formats import Encoding
 from hadagraph.graph import (
-    CASTS,
-    TRANSPOSES,
-    VIEWS,
     arguments,
     aten,
     backward_nodes,
@@ -33,8 +31,8 @@ from hadagraph.graph import (
     tensor,
 )
 from hadagraph.plan import Decision, OperandPlan, Plan
+from hadagraph.recompute import Recomputation, copies_of_saved, from_input, nbytes
 
-ALIASES = (aten.alias.default, aten.detach.default)
 ROWS, COLUMNS = 1, 0  # which dim of the tensor the GEMM contracts
 
 
@@ -59,15 +57,25 @@ class Quantized:
     scale: fx.Node
 
 
-def lower_precision(graph: fx.Graph, plan: Plan, *, measure: bool = False) -> Plan:
+def lower_precision(
+    graph: fx.Graph, plan: Plan, *, measure: bool = False, memory: str = "exact"
+) -> Plan:
     """Rewrite in place. Returns the plan with what the backward really gets for each operand.
 
-    `measure` emits GEMMs that also compare themselves with fp64 (see `ops.MEASURED`).
+    `measure` emits GEMMs that also compare themselves with fp64 (see `ops.MEASURED`). `memory` is
+    the option: with `exact` the backward repeats attention's output projection; with `balanced` and
+    `min` it recomputes the operands of all GEMMs that stay, not only those shared with others.
     """
     decisions = plan.by_node()
     lowered = {n: decisions[n.name] for n in gemms(graph) if _is_lowered(decisions, n)}
-    uses = [use for node, decision in lowered.items() for use in _uses(node, decision)]
-    quantized, recomputed = _Quantizer(graph, uses).run()
+    uses_of = {node: _uses(node, decision) for node, decision in lowered.items()}
+    uses = [use for both in uses_of.values() for use in both]
+    stay = [n for n in gemms(graph) if n not in lowered]
+    if memory not in ("balanced", "min"):
+        stay = _that_share_an_operand(stay, {use.source for use in uses})
+    recomputation = Recomputation(backward_nodes(graph), {*lowered, *stay})
+    _recompute_operands(stay, recomputation)
+    quantized, recomputed = _Quantizer(graph, uses, recomputation).run()
     for node in gemms(graph):
         with graph.inserting_before(node):
             if node in lowered:
@@ -75,6 +83,9 @@ def lower_precision(graph: fx.Graph, plan: Plan, *, measure: bool = False) -> Pl
                 site = lowered[node].site
                 name = f"{site.name}:{site.role}" if measure else None
                 result = _scaled_mm(node, left, right, name)
+                if memory == "exact" and _projects_attention(uses_of[node], recomputation.backward):
+                    recomputation.tag(recomputation.sums(node))
+                    recomputation.tag(_with_quantizers(result, (left, right)))
             else:
                 result = _high_precision(node)
         result.meta["hadagraph_site"] = node.name
@@ -82,7 +93,35 @@ def lower_precision(graph: fx.Graph, plan: Plan, *, measure: bool = False) -> Pl
     for node in reversed(list(gemms(graph))):
         graph.erase_node(node)
     graph.eliminate_dead_code()
-    return Plan(plan.recipe, tuple(_with_saved(d, recomputed) for d in plan.decisions))
+    return replace(plan, decisions=tuple(_with_saved(d, recomputed) for d in plan.decisions))
+
+
+def _that_share_an_operand(stay: list[fx.Node], sources: set[fx.Node]) -> list[fx.Node]:
+    """Those GEMMs that read a tensor which others read quantized: a LoRA branch, a router."""
+    return [n for n in stay if any(operand(a).base in sources for a in arguments(n)[:2])]
+
+
+def _recompute_operands(stay: list[fx.Node], recomputation: Recomputation) -> None:
+    """Tag what makes the forward operands of the backward GEMMs that stay in high precision."""
+    for node in stay:
+        for source in (operand(arg).base for arg in arguments(node)[:2]):
+            if node not in recomputation.backward or source in recomputation.backward:
+                continue
+            recomputation.tag(recomputation.chain(source, nbytes(source) // 8) or ())
+
+
+def _projects_attention(uses: list[Use], backward: Collection[fx.Node]) -> bool:
+    """Whether a forward GEMM multiplies attention's output, which the backward has anyway, by a
+    parameter. One GEMM of the width squared, repeated, saves the residual stream behind it."""
+    x, w = (use.source for use in uses)
+    if uses[0].gemm in backward or from_input(x) or not from_input(w):
+        return False
+    return x not in backward and copies_of_saved(x, backward) is not None
+
+
+def _with_quantizers(gemm: fx.Node, operands: Iterable[Quantized]) -> list[fx.Node]:
+    outputs = [node for each in operands for node in (each.codes, each.scale)]
+    return [gemm, *outputs, *(arguments(node)[0] for node in outputs)]
 
 
 def _is_lowered(decisions: dict[str, Decision], node: fx.Node) -> bool:
@@ -107,9 +146,11 @@ class _Quantizer:
     """Creates the quantizing ops of one graph: one per tensor, dim and encoding, and a joint one
     where a tensor is needed along both dims in the same place."""
 
-    def __init__(self, graph: fx.Graph, uses: list[Use]) -> None:
+    def __init__(self, graph: fx.Graph, uses: list[Use], recomputation: Recomputation) -> None:
         self.graph = graph
-        self.backward = backward_nodes(graph)
+        self.backward = recomputation.backward
+        self.recomputation = recomputation
+        self.chains: dict[fx.Node, tuple[fx.Node, ...] | None] = {}
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.groups: dict[tuple[fx.Node, int, str], list[Use]] = defaultdict(list)
         for use in uses:
@@ -140,13 +181,19 @@ class _Quantizer:
         row_backward, column_backward = (self._in_backward(uses) for uses in (rows, columns))
         if row_backward == column_backward:
             return True
-        return not (row_backward or self._recomputable(source, columns))
+        return not (row_backward or self._made_again(source) is not None)
 
-    def _recomputable(self, source: fx.Node, uses: list[Use]) -> bool:
-        """Whether the backward should quantize again rather than get codes: the tensor is there
-        anyway, as a parameter, an input, or what an opaque backward op saves."""
-        is_parameter = uses[0].named == "weight" and _from_placeholder(source)
-        return is_parameter or _saved_anyway(source, self.backward)
+    def _made_again(self, source: fx.Node) -> tuple[fx.Node, ...] | None:
+        """The nodes to be recomputed so that the backward can quantize the tensor again rather than
+        get codes: none where it is there anyway, as an input or as what an opaque backward op
+        saves; its cast, or the norm or activation function that made it. None: save the codes."""
+        if source not in self.chains:
+            chain = copies_of_saved(source, self.backward)
+            if chain is None:
+                codes = nbytes(source) // tensor(source).element_size()
+                chain = self.recomputation.chain(source, codes // 4)
+            self.chains[source] = chain
+        return self.chains[source]
 
     def _in_backward(self, uses: list[Use]) -> bool:
         return all(use.gemm in self.backward for use in uses)
@@ -166,18 +213,13 @@ class _Quantizer:
     def _single(self, target: object, source: fx.Node, uses: list[Use]) -> None:
         """One layout. Forward and backward users share it unless it is to be recomputed."""
         like = self._first(uses)
-        recompute = (
-            source not in self.backward
-            and any(use.gemm in self.backward for use in uses)
-            and self._recomputable(source, uses)
-        )
+        across = source not in self.backward and any(use.gemm in self.backward for use in uses)
+        chain = self._made_again(source) if across else None
         with self.graph.inserting_before(like):
             node = _create_quantizer(self.graph, target, (source, str(uses[0].encoding)), like)
         outputs = outputs_of(self.graph, node, 2)
-        if recompute:
-            for made in (node, *outputs):
-                made.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
-            _recompute_casts(source)
+        if chain is not None:
+            self.recomputation.tag((node, *outputs, *chain))
             self.recomputed.update(use.gemm.name for use in uses)
         self._assign(uses, Quantized(*outputs))
 
@@ -195,47 +237,6 @@ def _create_quantizer(
     if node.meta.get("recompute") in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE):
         node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
     return node
-
-
-def _from_placeholder(node: fx.Node) -> bool:
-    """Whether a tensor is a graph input behind casts, views and transposes only."""
-    while node.op == "call_function" and node.target in (*CASTS, *VIEWS, *TRANSPOSES):
-        node = arguments(node)[0]
-    return node.op == "placeholder"
-
-
-def _saved_anyway(node: fx.Node, backward: frozenset[fx.Node]) -> bool:
-    """Whether the high-precision tensor reaches the backward whatever we do: it is a graph input,
-    or (behind copies and views) an operand of an opaque backward op such as attention's."""
-    while True:
-        if node.op == "placeholder":
-            return True
-        if any(user in backward and _is_opaque_backward(user) for user in _readers(node)):
-            return True
-        if node.target not in (*VIEWS, *TRANSPOSES, aten.clone.default):
-            return False
-        node = arguments(node)[0]
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """The users of a node and of its aliases: autograd saves attention's output by an alias."""
-    readers = list(node.users)
-    for reader in readers:
-        if reader.target in ALIASES:
-            readers.extend(reader.users)
-    return readers
-
-
-def _is_opaque_backward(node: fx.Node) -> bool:
-    name = getattr(node.target, "__name__", "")
-    return "_backward" in name and ("attention" in name or "convolution" in name)
-
-
-def _recompute_casts(node: fx.Node) -> None:
-    """Cast a parameter again in the backward rather than save the cast (autocast)."""
-    while node.op == "call_function" and node.target in (*CASTS, *VIEWS, *TRANSPOSES):
-        node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
-        node = arguments(node)[0]
 
 
 def _scaled_mm(node: fx.Node, left: Quantized, right: Quantized, measured: str | None) -> fx.Node:

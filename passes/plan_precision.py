@@ -221,7 +221,8 @@ def _decide(
         pair = pair[1], pair[0]
     contracted = tensor(arguments(gemm.node)[0]).shape[1]
     left, right = (_operand_plan(rule, contracted) for rule in pair)
-    return Decision(site, _with_saved(left, site.lhs, site), _with_saved(right, site.rhs, site))
+    left, right = _with_saved(left, site.lhs, site), _with_saved(right, site.rhs, site)
+    return Decision(site, left, right, asked=override is not None)
 
 
 def _with_saved(plan: OperandPlan, named: str, site: GemmSite) -> OperandPlan:

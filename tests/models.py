@@ -51,6 +51,35 @@ class Mlp(nn.Module):
         return x + self.inner(x)
 
 
+class DecoderBlock(nn.Module):
+    """One Llama block of Llama-3-8B's proportions, 128 wide: RMSNorm, causal grouped-query
+    attention, SwiGLU. Position embeddings are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.RMSNorm(128, eps=1e-5) for _ in range(2))
+        sizes = {"q": (128, 128), "k": (128, 32), "v": (128, 32), "o": (128, 128)}
+        sizes |= {"gate_proj": (128, 448), "up": (128, 448), "down": (448, 128)}
+        linears = {n: nn.Linear(i, o, bias=False) for n, (i, o) in sizes.items()}
+        self.linears = nn.ModuleDict(linears)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        linear, h = self.linears, self.norms[0](x)
+        q, k, v = (linear[n](h).unflatten(-1, (-1, 32)).transpose(1, 2) for n in "qkv")
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + linear["o"](mixed.transpose(1, 2).flatten(2))
+        h = self.norms[1](x)
+        return x + linear["down"](nn.functional.silu(linear["gate_proj"](h)) * linear["up"](h))
+
+
+class DecoderBlocks(nn.Sequential):
+    """A stack of them, with weights that do not depend on what was drawn before."""
+
+    def __init__(self, count: int) -> None:
+        torch.manual_seed(2)
+        super().__init__(*(DecoderBlock() for _ in range(count)))
+
+
 def tokens(batch: int = 2, sequence: int = 24, seed: int = 3) -> torch.Tensor:
     """Random token ids [batch, sequence]."""
     generator = torch.Generator().manual_seed(seed)

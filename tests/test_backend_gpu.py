@@ -9,8 +9,13 @@ from models import Mlp, decibels, gradients, tiny_llama, tokens
 
 import hadagraph
 from hadagraph import compat
+from hadagraph.codegen import launch, matrices
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+LOWERED = {"never_slower": False}  # models this small are faster in bf16
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +47,9 @@ def step(call, model, ids):
 def test_gradients_of_a_llama_match_eager(recipe, dtype, floor_db):
     model, ids = tiny_llama().to("cuda", dtype), tokens(4, 40).cuda()
     want = step(model, model, ids)
-    compiled = torch.compile(model, backend="hadagraph", options={"recipe": recipe, "debug": True})
+    compiled = torch.compile(
+        model, backend="hadagraph", options=LOWERED | {"recipe": recipe, "debug": True}
+    )
     got = step(compiled, model, ids)
     assert abs(got[0] - want[0]) <= 0.02 * abs(want[0])
     for name, gradient in got[1].items():
@@ -53,7 +60,7 @@ def test_gradients_of_a_llama_match_eager(recipe, dtype, floor_db):
 
 def test_kernels_and_references_agree_on_a_whole_model():
     """The same graph on the CPU and the GPU, op by op: only fp32 orders of summation differ."""
-    options = {"executor": "eager"}
+    options = LOWERED | {"executor": "eager"}
     results = []
     for device in ("cpu", "cuda"):
         torch._dynamo.reset()
@@ -73,7 +80,9 @@ def test_dynamic_shapes_and_cuda_graphs():
         ({"mode": "reduce-overhead"}, ((4, 32),) * 4),
     ):
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend="hadagraph", dynamic=not options, options=options)
+        compiled = torch.compile(
+            model, backend="hadagraph", dynamic=not options, options=LOWERED | options
+        )
         for seed, (batch, sequence) in enumerate(shapes):
             ids = tokens(batch, sequence, seed).cuda()
             want = step(model, model, ids)
@@ -83,11 +92,88 @@ def test_dynamic_shapes_and_cuda_graphs():
                 assert decibels(gradient, want[1][name]) >= 19, (options, name)
 
 
+STEPS = 7  # CUDA graphs: two runs to warm up, one that records, then replays
+
+
+def trained(options, batches):
+    """Losses of a run over the batches, one step each, and the weights that it ends with. No op in
+    it adds in an order of its own (attention's and embeddings' backwards would)."""
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(Mlp(), Mlp(64, 96), torch.nn.Linear(64, 48))
+    model[0].down = torch.nn.Linear(80, 64)
+    model[0].forward = model[0].inner
+    model = model.to("cuda", torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    compiled = torch.compile(
+        lambda x, y: (model(x).float() - y).square().mean(),
+        backend="hadagraph",
+        options={**LOWERED, **options},
+    )
+    x, y = (torch.empty(96, 48, device="cuda", dtype=d) for d in (torch.bfloat16, torch.float32))
+    losses = []
+    for batch in batches:
+        x.copy_(batch)
+        y.copy_(batch.roll(1, 0))
+        torch.compiler.cudagraph_mark_step_begin()
+        loss = compiled(x, y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach().clone())
+    torch.cuda.synchronize()
+    return torch.stack(losses), [p.detach().clone() for p in model.parameters()]
+
+
+def batches():
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(96, 48, generator=generator) for _ in range(STEPS)]
+
+
+def assert_same_training(one, other):
+    assert torch.equal(one[0], other[0])
+    assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+
+
+@pytest.mark.parametrize("recipe", ["int8_rotated", "fp8_rowwise", "fp8_tensorwise"])
+def test_cuda_graphs_train_as_without_them(recipe, monkeypatch):
+    """Bit for bit, over steps that warm up, record and replay, each with its own data."""
+    monkeypatch.setattr(launch, "_READY", {})
+    monkeypatch.setattr(matrices, "_MATRICES", {})
+    launch.prepare("cuda")
+    prepared = set(matrices._MATRICES)
+    graphs = trained({"recipe": recipe, "mode": "reduce-overhead"}, batches())
+    assert set(matrices._MATRICES) == prepared  # nothing was left to make in a capture
+    plain = trained({"recipe": recipe}, batches())
+    assert_same_training(graphs, plain)
+    assert len(set(plain[0].tolist())) == STEPS  # the data did change
+    assert all(any(site.lowered for site in report.sites) for report in hadagraph.report())
+
+
+def test_cuda_graphs_do_replay():
+    """The losses above would agree as well if Inductor had refused to capture."""
+    replays = []
+    original = torch.cuda.CUDAGraph.replay
+
+    class Counted(torch.cuda.CUDAGraph):
+        def replay(self):
+            replays.append(self)
+            return original(self)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.cuda, "CUDAGraph", Counted)
+        trained({"mode": "reduce-overhead"}, batches())
+    assert len(replays) >= 2 * (STEPS - 3)  # a forward and a backward each
+
+
+def test_two_runs_give_the_same_bits():
+    assert_same_training(trained({}, batches()), trained({}, batches()))
+
+
 def test_gradscaler_sees_an_overflow():
     model, x = Mlp().cuda(), torch.randn(2, 16, 48, device="cuda")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40, growth_interval=1000)
-    compiled = torch.compile(model, backend="hadagraph")
+    compiled = torch.compile(model, backend="hadagraph", options=LOWERED)
     before = [p.detach().clone() for p in model.parameters()]
     with torch.autocast("cuda", dtype=torch.float16):
         out = compiled(x)

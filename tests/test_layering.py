@@ -11,21 +11,22 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A file may import from earlier layers and, in a layer of several files, only where PEERS says so.
 LAYERS = (
-    ("compat", "formats", "rotation", "region"),
+    ("compat", "formats", "rotation", "region", "device"),
     ("reference",),
     ("ops",),
     ("graph",),
-    ("basis", "rewrite", "cost", "recipes"),
-    ("config", "plan", "verify"),
+    ("basis", "rewrite", "recompute", "packing", "producers", "traffic", "cost", "recipes"),
+    ("config", "plan", "verify", "selection", "fitting"),
     ("reports",),
     ("dump",),
     ("passes", "codegen"),
+    ("measurement",),
     ("backend",),
     ("explanation",),
     ("__init__", "cli"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-PEERS = {("formats", "rotation")}
+PEERS = {("formats", "rotation"), ("traffic", "producers")}
 PRIVATE = ("torch._inductor", "torch._dynamo", "torch._functorch")
 TRITON_FREE = ("rotation", "formats", "reference", "ops", "region", "plan", "recipes", "graph")
 SOURCES = sorted(

@@ -76,6 +76,28 @@ def test_quantizers(x, rows, columns):
 
 @given(
     matrices(),
+    st.sampled_from(["", *ENCODINGS]),
+    st.sampled_from(["", *ENCODINGS]),
+    st.booleans(),
+)
+def test_quantize_chain(x, rows, columns, kept):
+    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[x.dtype]
+    chain = f"in {dtype} matrix; in fp32 rows; mul %0 %1; out %2 bf16; out %0 {dtype}"
+    by_row = torch.rand(x.shape[0])
+    lists = ([rows, columns], [columns, rows], [kept, not kept])
+    got = assert_fake_agrees(ops.quantize_chain, [x, by_row], chain, *lists)
+    expected = []
+    values = ((x.float() * by_row[:, None]).bfloat16(), x)
+    for value, by_rows, by_columns, keep in zip(values, *lists, strict=True):
+        expected += ops.quantize_rows(value, by_rows) if by_rows else ()
+        expected += ops.quantize_columns(value, by_columns) if by_columns else ()
+        expected += [value] if keep else []
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine.float(), theirs.float())
+
+
+@given(
+    matrices(),
     st.sampled_from(ENCODINGS),
     st.sampled_from(OUT_DTYPES),
     st.booleans(),
@@ -147,6 +169,10 @@ def _samples():
     encoding = "int8/per_kept_index/h16"
     a, a_scale = ops.quantize_rows(x, encoding)
     b, b_scale = ops.quantize_rows(w, encoding)
+    chain = (
+        "in fp32 matrix; in fp32 rows; in fp32 columns; in fp32 scalar; "
+        "mul %0 %1; add %4 %2; mul %5 %3; exp %0; out %6 bf16; out %7 fp32"
+    )
     product = (a, b, a_scale, b_scale, bias, torch.bfloat16)
     return {
         ops.gemm: (x, w, bias),
@@ -155,6 +181,13 @@ def _samples():
         ops.quantize_rows: (x, encoding),
         ops.quantize_columns: (x, "fp8_e4m3/per_tensor"),
         ops.quantize_both: (x.t(), encoding, encoding),
+        ops.quantize_chain: (
+            [x, x[:, 0], w[0], bias[0]],
+            chain,
+            [encoding, ""],
+            ["fp8_e4m3/per_tensor", encoding],
+            [True, False],
+        ),
         ops.scaled_mm: product,
         ops.scaled_mm_measured: (x, w, *product, "site"),
     }

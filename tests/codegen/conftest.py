@@ -1,11 +1,14 @@
-"""`--update-golden` for emitted sources; under TRITON_INTERPRET, bf16 products that are right."""
+"""`--update-golden` for emitted sources; under TRITON_INTERPRET, bf16 products and roundings that
+are right, and what the interpreter lacks: functions of libdevice, and moves in assembly."""
 
 from __future__ import annotations
 
+import math
 import os
 
 import numpy as np
 import pytest
+import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,5 +39,50 @@ def _widen_bf16_operands() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
+def _interpret_chains() -> None:
+    import triton.language as tl
+    from triton.language.extra import libdevice
+    from triton.runtime import interpreter
+
+    class Moved:
+        def __init__(self, values: list[interpreter.TensorHandle]) -> None:
+            self.values = values
+
+        def get_result(self, index: int) -> interpreter.TensorHandle:
+            return self.values[index]
+
+    def create_inline_asm(self, assembly, constraints, values, *rest):  # type: ignore[no-untyped-def]
+        assert assembly == "mov.b32 $0, $1;"
+        return Moved(values)
+
+    interpreter.InterpreterBuilder.create_inline_asm = create_inline_asm
+
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, value, dtype):  # type: ignore[no-untyped-def]
+        """To nearest even, where the interpreter truncates to bf16."""
+        if (value.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, value, dtype)
+        bits = torch.from_numpy(np.array(value.data)).bfloat16().view(torch.int16).numpy()
+        return interpreter.TensorHandle(bits.view(np.uint16), tl.bfloat16)
+
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
+
+    def function(compute):  # type: ignore[no-untyped-def]
+        def of_tensor(x, *rest):  # type: ignore[no-untyped-def]
+            rest = [getattr(getattr(y, "handle", None), "data", y) for y in rest]
+            with np.errstate(all="ignore"):
+                data = compute(x.handle.data, *rest).astype(np.float32)
+            return tl.tensor(interpreter.TensorHandle(data, tl.float32), x.type)
+
+        return of_tensor
+
+    erf = np.vectorize(math.erf, otypes=[np.float32])
+    computed = {"exp": np.exp, "tanh": np.tanh, "rsqrt": lambda x: 1 / np.sqrt(x), "erf": erf}
+    for name, compute in (computed | {"pow": np.power}).items():
+        setattr(libdevice, name, function(compute))
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     _widen_bf16_operands()
+    _interpret_chains()

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
 import triton
+from kernel_checks import CHAINS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from hadagraph.codegen import tune
 from hadagraph.codegen.choose import select_scaled_mm
 from hadagraph.codegen.listing import specs_for
-from hadagraph.codegen.spec import KernelSpec
+from hadagraph.codegen.spec import GluonMmSpec, KernelSpec
 from hadagraph.codegen.store import kernel_module
+from hadagraph.region import Chain
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile"
@@ -42,7 +48,8 @@ def compiled(spec: KernelSpec, target: GPUTarget | None = None):
     aligned = [["tt.divisibility", 16]]
     kinds = enumerate(module.SIGNATURE.values())
     attributes = {(i,): aligned for i, kind in kinds if kind == "i32" or "*" in kind}
-    source = ASTSource(getattr(module, spec.name), module.SIGNATURE, attrs=attributes)
+    make = GluonASTSource if isinstance(spec, GluonMmSpec) else ASTSource
+    source = make(getattr(module, spec.name), module.SIGNATURE, attrs=attributes)
     major, minor = spec.capability
     target = target or GPUTarget("cuda", major * 10 + minor, 32)
     return triton.compile(source, target=target, options=module.OPTIONS)
@@ -60,9 +67,46 @@ def test_quantizers(capability, op, dtype):
         assert kernel.metadata.shared <= SHARED_LIMIT[capability]
 
 
+CHAIN_CASES = {
+    "silu_mul": (TEXT, ""),
+    "silu_mul_backward": (TEXT, "int8/per_kept_index/h32"),
+    "gelu_tanh": ("", TEXT),
+}
+
+
+@pytest.mark.parametrize("name", CHAIN_CASES)
+@pytest.mark.parametrize("capability", INSTRUCTION)
+def test_chains(capability, name):
+    chain = Chain.parse(CHAINS[name])
+    x = torch.empty(16384, 14336, device="meta")
+    count = len(chain.outputs)
+    rows, columns = ([text] * count for text in CHAIN_CASES[name])
+    arguments = ([x] * len(chain.inputs), str(chain), rows, columns, [False] * count)
+    specs = specs_for("quantize_chain", arguments, capability)
+    assert len(specs) == (1 if name == "silu_mul" else 2)
+    for spec in specs:
+        kernel = compiled(spec)
+        assert INSTRUCTION[capability] in kernel.asm["ptx"]
+        assert kernel.metadata.shared <= SHARED_LIMIT[capability]
+        if capability == (9, 0):
+            assert local_memory(kernel.asm["cubin"]) == 0
+
+
+def local_memory(cubin: bytes) -> int:
+    """Bytes a thread that the assembler spilled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sum(int(size) for size in re.findall(r"STACK:(\d+)", usage))
+
+
 def matmul(name: str, capability: tuple[int, int]) -> KernelSpec:
-    bf16 = torch.bfloat16
-    return select_scaled_mm(8192, 4096, 4096, name, name, (False, False), None, bf16, capability)
+    """In Triton, also where one in Gluon would be chosen."""
+    config = tune.scaled_mm_configuration(8192, 4096, name == "int8", capability)
+    sizes, bf16 = (8192, 4096, 4096), torch.bfloat16
+    return select_scaled_mm(*sizes, name, name, (False, False), None, bf16, capability, config)
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8_e4m3"])
@@ -82,6 +126,33 @@ def test_scaled_mm(capability, name):
         assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "bias", "out", "per_tensor"),
+    [
+        ((8192, 4096, 4096), None, torch.bfloat16, (False, False)),
+        ((8191, 4088, 16), torch.float32, torch.bfloat16, (False, False)),
+        ((8192, 4096, 4096), torch.float16, torch.float16, (True, True)),
+        ((8191, 4088, 4096), torch.float32, torch.float32, (False, True)),
+    ],
+)
+def test_scaled_mm_in_gluon(sizes, bias, out, per_tensor):
+    """The products of two steps are in flight, and no sum is spilled."""
+    spec = select_scaled_mm(*sizes, "int8", "int8", per_tensor, bias, out, (9, 0))
+    assert isinstance(spec, GluonMmSpec)
+    kernel = compiled(spec)
+    ptx = kernel.asm["ptx"]
+    products = set(re.findall(r"wgmma\.mma_async\S+", ptx))
+    assert products == {"wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"}
+    # of each warpgroup: the last step's products, the first step's, and every other's
+    assert re.findall(r"wgmma\.wait_group\S+\s+(\d)", ptx) == ["0", "1", "1"] * 2
+    assert len(re.findall(r"cp\.async\.bulk\.tensor\.2d\.shared", ptx)) == 2
+    assert len(re.findall(r"cp\.async\.bulk\.tensor\.2d\.global", ptx)) == 2 * spec.runs
+    assert kernel.metadata.shared <= SHARED_LIMIT[9, 0]
+    assert local_memory(kernel.asm["cubin"]) == 0
+    assert kernel.metadata.global_scratch_size == 0
+    assert len(kernel.metadata.tensordesc_meta) == 3
+
+
 def test_scaled_mm_for_gfx950():
     kernel = compiled(matmul("int8", (8, 0)), GPUTarget("hip", "gfx950", 64))
     assert "v_mfma_i32" in kernel.asm["amdgcn"]
@@ -94,6 +165,6 @@ def test_with_triton_36():
     environment = os.environ | {"PYTHONPATH": os.environ["HADAGRAPH_TRITON36"]}
     environment.pop("HADAGRAPH_TRITON36")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "capability0 or capability2"]
+    command += ["-k", "capability0 or capability2 or gluon"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

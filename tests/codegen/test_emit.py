@@ -7,31 +7,58 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_checks import CHAINS
 
+from hadagraph.codegen import tune
 from hadagraph.codegen.choose import select_scaled_mm
 from hadagraph.codegen.emit import emit
 from hadagraph.codegen.listing import specs_for
 from hadagraph.codegen.spec import KernelSpec
 from hadagraph.codegen.store import load_module, write_source
+from hadagraph.region import Chain
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 X = torch.empty(16384, 4096, dtype=torch.bfloat16, device="meta")
 ROTATED, PLAIN = "int8/per_kept_index/h128", "fp8_e4m3/per_kept_index"
+H32 = "int8/per_kept_index/h32"
 
 
 def matmul(bias: torch.dtype | None, M: int = 8192, C: int = 4096) -> KernelSpec:
-    bf16 = torch.bfloat16
-    return select_scaled_mm(M, 4096, C, "int8", "int8", (False, False), bias, bf16, (9, 0))
+    """In Triton, also where one in Gluon would be chosen."""
+    config = tune.scaled_mm_configuration(M, 4096, True, (9, 0))
+    return matmul_of((M, 4096, C), bias, config=config)
+
+
+def matmul_of(sizes, bias, out=torch.bfloat16, scales=(False, False), config=None) -> KernelSpec:
+    return select_scaled_mm(*sizes, "int8", "int8", scales, bias, out, (9, 0), config)
+
+
+def chain(name: str, row: str, column: str, value: bool) -> tuple[object, ...]:
+    """Arguments of `quantize_chain` for 1000 x 4096 outputs."""
+    text = CHAINS[name]
+    parsed = Chain.parse(text)
+    x = torch.empty(1000, 4096, device="meta")
+    count = len(parsed.outputs)
+    return [x] * len(parsed.inputs), text, [row] * count, [column] * count, [value] * count
 
 
 def cases() -> dict[str, KernelSpec]:
     both = specs_for("quantize_both", (X, ROTATED, ROTATED), (9, 0))
+    chain_rows = specs_for("quantize_chain", chain("silu_mul", ROTATED, "", True), (9, 0))
+    chain_both = specs_for("quantize_chain", chain("two_dtypes", ROTATED, H32, False), (9, 0))
     return {
+        "chain_rows": chain_rows[0],
+        "chain_amax": chain_both[0],
+        "chain_quantize": chain_both[1],
         "quantize_rows_rotated": specs_for("quantize_rows", (X, ROTATED), (9, 0))[0],
         "quantize_rows_plain": specs_for("quantize_rows", (X, PLAIN), (9, 0))[0],
         "amax_both": both[0],
         "quantize_both": both[1],
         "scaled_mm": matmul(None),
+        "scaled_mm_gluon": matmul_of((8192, 4096, 4096), None),
+        "scaled_mm_gluon_edges": matmul_of(
+            (8191, 4088, 4096), torch.bfloat16, torch.float32, (False, True)
+        ),
         "scaled_mm_bias_pointers": select_scaled_mm(
             100, 50, 80, "int8", "int8", (False, True), torch.bfloat16, torch.float16, (8, 0)
         ),
@@ -51,7 +78,8 @@ def test_golden(name, update_golden):
 def test_source_is_one_readable_function(name):
     source = emit(cases()[name])
     functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    assert [function.name for function in functions] == [cases()[name].name]
+    parts = ["tile_at", "next_stage", "load", "store", "multiply"] if "gluon" in name else []
+    assert [function.name for function in functions] == [*parts, cases()[name].name]
     assert max(len(line) for line in source.splitlines()) <= 132
 
 
@@ -64,6 +92,27 @@ def test_only_the_lines_that_a_spec_needs():
     assert "bias_ptr" in emit(matmul(torch.float32))
     assert "mask" in emit(matmul(None, M=8191))
     assert "total" in emit(matmul(None, C=1 << 18))
+
+
+def test_only_the_lines_that_a_kernel_in_gluon_needs():
+    plain, edges = (emit(cases()[f"scaled_mm_gluon{name}"]) for name in ("", "_edges"))
+    assert "mask" not in plain and "bias" not in plain
+    assert plain.count("gl.load(b_scale_ptr") == 2 and plain.count("    store(") == 2
+    assert edges.count("gl.load(b_scale_ptr") == 1 and edges.count("    store(") == 4
+    assert edges.count("gl.load(bias_ptr") == edges.count("< N, other=0.0") == 4
+    assert edges.count("< M, other=0.0") == 1
+
+
+def test_only_the_lines_that_a_chain_needs():
+    rows, amax, write = (emit(cases()[f"chain_{name}"]) for name in ("rows", "amax", "quantize"))
+    assert "libdevice" not in rows
+    assert rows.count("tl.store(value_ptr") == 1
+    for source in (amax, write):
+        assert "value0" not in source
+        assert source.count("tl.load(v0_ptr") == source.count("tl.load(v1_ptr") == 1
+    gelu = specs_for("quantize_chain", chain("gelu_tanh", "", H32, False), (9, 0))[0]
+    assert "libdevice.tanh" in emit(gelu)
+    assert "import libdevice" in emit(gelu)
 
 
 def test_the_stored_file_is_whole_and_shared(tmp_path):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_checks import (
+    CHAINS,
     assert_quantized,
     assert_scaled_mm,
+    chain_inputs,
+    check_chain,
     check_quantizers,
     integers,
     normals,
@@ -15,6 +18,7 @@ from kernel_checks import (
 
 from hadagraph import ops
 from hadagraph.codegen import launch, tune
+from hadagraph.codegen.choose_chains import ChainSchedule
 from hadagraph.formats import FORMATS, Encoding
 from hadagraph.rotation import Fixed, Rotation
 
@@ -180,7 +184,8 @@ def test_scaled_mm_dtypes(out_dtype, bias_dtype):
 @pytest.mark.skipif(not FP8, reason="needs fp8 matrix instructions")
 @pytest.mark.parametrize("names", [("fp8_e5m2", "fp8_e4m3"), ("fp8_e4m3", "fp8_e5m2")])
 def test_scaled_mm_mixed_fp8(names):
-    run_mm(256, 128, 512, names, per_tensor=(0, 1))
+    config = next(c for c in tune.scaled_mm_candidates(CAPABILITY) if not c.pingpong)
+    run_mm(256, 128, 512, names, per_tensor=(0, 1), config=config)
 
 
 def test_scaled_mm_long_contractions():
@@ -253,3 +258,117 @@ def test_concurrent_streams():
         for one, other in zip(got, expected, strict=True):
             for tensor, wanted in zip(one, other, strict=True):
                 assert torch.equal(tensor.view(torch.uint8), wanted.view(torch.uint8))
+
+
+H128, H32 = "int8/per_kept_index/h128", "int8/per_kept_index/h32"
+RECIPES = {
+    "int8_rotated": (H128, H32),
+    "int8_one_rotation": (H128, H128),
+    "int8_plain": ("int8/per_kept_index", "int8/per_tensor"),
+    "signed": ("int8/per_kept_index/h64:fixed(5)", "int8/per_tensor/h16:fixed(7)"),
+}
+if FP8:
+    RECIPES["fp8_rowwise"] = ("fp8_e4m3/per_kept_index",) * 2
+    RECIPES["fp8_tensorwise"] = ("fp8_e5m2/per_tensor", "fp8_e4m3/per_tensor")
+    RECIPES["fp8_rotated"] = ("fp8_e4m3/per_kept_index/h64", "fp8_e5m2/per_kept_index/h32")
+
+
+def of_layouts(recipe: str, layouts: str) -> list[tuple[str, str]]:
+    row, column = RECIPES[recipe]
+    return [("" if layouts == "columns" else row, "" if layouts == "rows" else column)]
+
+
+def run_chain(name: str, T: int, K: int, layouts: list[tuple[str, str]], **options: object):
+    check_chain(name, T, K, layouts, "cuda", CAPABILITY, **options)
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains(name, layouts):
+    run_chain(name, 300, 520, of_layouts("int8_rotated", layouts))
+    run_chain(name, 131, 203, of_layouts("int8_rotated", layouts), strided=True, values=False)
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", ["two_dtypes", "silu_mul_backward"])
+def test_chain_recipes(name, recipe, layouts):
+    run_chain(name, 131, 203, of_layouts(recipe, layouts), values=False)
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize("T", [0, 1, 17, 129])
+@pytest.mark.parametrize("K", [1, 31, 256])
+def test_chains_of_odd_shapes(T, K, layouts):
+    run_chain("relu_scaled", T, K, of_layouts("int8_rotated", layouts))
+    if T == 17:
+        run_chain("offset", T, K, of_layouts("int8_rotated", layouts))
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize("name", ["add", "silu_mul", "silu_mul_backward", "rms_norm"])
+def test_large_chains(name, layouts):
+    run_chain(name, 2048, 4096, of_layouts("int8_rotated", layouts), values=False)
+
+
+@pytest.mark.parametrize("name", ["add", "silu_mul"])
+def test_chains_of_long_rows(name):
+    for K in (14336, 20000):
+        for values in (True, False):
+            run_chain(name, 70, K, [(H128, "")], values=values)
+    run_chain(name, 5, 20000, [(MAIN[1], "")], values=False)
+
+
+@pytest.mark.parametrize("index", range(len(tune.chain_candidates(CAPABILITY))))
+def test_chains_for_every_configuration(index):
+    config = tune.chain_candidates(CAPABILITY)[index]
+    for pair in [(H128, H32), ("", H128), (MAIN[1], H32)]:
+        run_chain("two_dtypes", 515, 200, [pair], config=config)
+    run_chain("silu_mul_backward", 512, 512, [(H128, H32)], config=config)
+
+
+@pytest.mark.parametrize("index", range(len(tune.chain_rows_candidates(CAPABILITY))))
+def test_chain_rows_for_every_configuration(index):
+    config = tune.chain_rows_candidates(CAPABILITY)[index]
+    for T, K in ((1000, 576), (256, 4096), (70, 14336)):
+        run_chain("add", T, K, [(H128, "")], config=config)
+    run_chain("rms_norm", 256, 4096, [(MAIN[1], "")], config=config)
+
+
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("whole_rows", [False, True])
+def test_chain_schedules(whole_rows, stored, values):
+    schedule = ChainSchedule(whole_rows, stored)
+    run_chain("add", 300, 520, [(H128, H32)], values=values, schedule=schedule)
+    run_chain("silu_mul", 300, 520, [(H128, H32)], values=values, schedule=schedule)
+    if not whole_rows:
+        layouts = [(H128, H128), ("int8/per_tensor/h16", "int8/per_tensor")]
+        run_chain("two_dtypes", 300, 520, layouts, values=values, schedule=schedule)
+
+
+def test_chains_keep_what_is_not_finite():
+    x, y = chain_inputs(CHAINS["add"], 150, 272, exact=True)
+    x[3, 7], y[50, 100], y[149, 271] = float("nan"), float("inf"), -float("inf")
+    for layouts in LAYOUTS:
+        for recipe in RECIPES:
+            run_chain("add", 150, 272, of_layouts(recipe, layouts), inputs=[x, y])
+
+
+def test_chain_operator_in_a_cuda_graph():
+    launch.prepare("cuda")
+    text = CHAINS["silu_mul_backward"]
+    inputs = [x.cuda() for x in chain_inputs(text, 256, 384, exact=False)]
+    arguments = (text, [H128, H128], [H32, ""], [False, True])
+    ops.quantize_chain(inputs, *arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.quantize_chain(inputs, *arguments)
+    for x in inputs:
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    expected = ops.quantize_chain([x.clone() for x in inputs], *arguments)
+    assert len(captured) == len(expected) == 7
+    for got, other in zip(captured, expected, strict=True):
+        assert torch.equal(got.view(torch.uint8), other.view(torch.uint8))

@@ -18,7 +18,7 @@ from hadagraph import ops
 from hadagraph.compat import CheckpointPolicy
 from hadagraph.config import Config
 from hadagraph.dump import graph_lines
-from hadagraph.graph import aten, calls
+from hadagraph.graph import aten, backward_nodes, calls
 from hadagraph.passes import PassState, run_pipeline
 from hadagraph.plan import Plan
 from hadagraph.verify import verify
@@ -73,9 +73,9 @@ def test_a_linear_as_text():
         # x by one op a layout (a graph input), w forward and backward apart, the gradient both.
         ("linear", (2, 2, 1, 3)),
         ("qkv", (1 + 3, 1 + 3, 3, 9)),
-        # x and hidden; three weights; three gradients.
-        ("gate_up", (1 + 3, 1 + 3, 1 + 3, 9)),
-        ("transposed_weight", (1 + 2, 1 + 2, 1 + 2, 6)),
+        # x and hidden, which silu and a product make again; three weights; three gradients.
+        ("gate_up", (2 + 3, 2 + 3, 3, 9)),
+        ("transposed_weight", (2 + 2, 2 + 2, 2, 6)),
     ],
 )
 def test_each_tensor_is_quantized_once(kind, expected):
@@ -90,13 +90,13 @@ def test_a_computed_activation_shared_by_three_linears():
     x = torch.randn(48, 32, requires_grad=True)
 
     def function(x, *weights):
-        hidden = x.sin()
+        hidden = x.cumsum(0)
         return tuple(F.linear(hidden, w) for w in weights)
 
     gm, _, _ = lowered(trace_joint(function, x, *weights))
     assert counts(gm) == (3, 3, 1 + 3, 9)
     (activation,) = [
-        n for n in calls(gm.graph, (ops.quantize_both,)) if n.args[0].target is aten.sin.default
+        n for n in calls(gm.graph, (ops.quantize_both,)) if n.args[0].target is aten.cumsum.default
     ]
     assert {len(output.users) for output in activation.users} == {3}
 
@@ -123,21 +123,22 @@ def test_the_plan_says_what_the_backward_gets():
     assert saved_of(plan, "grad_weight", "input") == "recompute"  # a graph input
     assert saved_of(plan, "grad_input", "weight") == "recompute"
     x, w = torch.randn(48, 32, requires_grad=True), torch.randn(64, 32, requires_grad=True)
-    _, plan, _ = lowered(trace_joint(lambda x, w: F.linear(x.sin(), w), x, w))
+    _, plan, _ = lowered(trace_joint(lambda x, w: F.linear(x.cumsum(0), w), x, w))
     assert saved_of(plan, "grad_weight", "input") == "codes"
     assert saved_of(plan, "grad_input", "weight") == "recompute"
 
 
 def test_a_computed_weight_saves_its_codes_and_says_so():
     x, w = torch.randn(48, 32, requires_grad=True), torch.randn(64, 32, requires_grad=True)
-    gm, plan, _ = lowered(trace_joint(lambda x, w: F.linear(x, w.sin()), x, w))
-    assert any(n.args[0].target is aten.sin.default for n in calls(gm.graph, (ops.quantize_both,)))
+    gm, plan, _ = lowered(trace_joint(lambda x, w: F.linear(x, w.cumsum(0)), x, w))
+    sources = {n.args[0].target for n in calls(gm.graph, (ops.quantize_both,))}
+    assert aten.cumsum.default in sources
     assert saved_of(plan, "grad_input", "weight") == "codes"
 
 
 def test_the_cast_of_a_weight_is_made_again():
     x, w = torch.randn(48, 32).bfloat16().requires_grad_(), torch.randn(64, 32, requires_grad=True)
-    gm, _, _ = lowered(trace_joint(lambda x, w: F.linear(x.sin(), w.bfloat16()), x, w))
+    gm, _, _ = lowered(trace_joint(lambda x, w: F.linear(x.cumsum(0), w.bfloat16()), x, w))
     (columns,) = calls(gm.graph, (ops.quantize_columns,))
     assert columns.args[0].meta["recompute"] == RECOMPUTE
 
@@ -155,6 +156,100 @@ def test_what_attention_saves_anyway_is_quantized_again():
         n for n in calls(gm.graph, (ops.quantize_columns,)) if n.args[0].op != "placeholder"
     ]
     assert computed and all(n.meta["recompute"] == RECOMPUTE for n in computed)
+
+
+def tagged(graph):
+    return [n for n in graph.nodes if n.meta.get("recompute") == RECOMPUTE]
+
+
+def columns_of_computed(gm):
+    """The column quantizers of what the forward computes, gradients left out."""
+    backward = backward_nodes(gm.graph)
+    found = calls(gm.graph, (ops.quantize_columns,))
+    return [n for n in found if n.args[0].op != "placeholder" and n.args[0] not in backward]
+
+
+NORM = torch.nn.RMSNorm(32)
+
+
+@pytest.mark.parametrize(
+    ("function", "again"),
+    [
+        # The backward of each reads x, gate or up: nothing is added to what it gets.
+        (lambda x, w: F.linear(F.silu(x.cumsum(0)), w), True),
+        (lambda x, w: F.linear(F.gelu(x.cumsum(0)), w), True),
+        (lambda x, w: F.linear(F.gelu(x.cumsum(0), approximate="tanh"), w), True),
+        (lambda x, w: F.linear(F.silu(x.cumsum(0)) * x.cumsum(1), w), True),
+        (lambda x, w: F.linear(NORM(x.cumsum(0)), w), True),
+        (lambda x, w: F.linear(F.layer_norm(x.cumsum(0), (32,)), w), True),
+        # What relu, a clamp or a sum is made of, its backward does not read.
+        (lambda x, w: F.linear(x.cumsum(0).relu(), w), False),
+        (lambda x, w: F.linear(x.cumsum(0).clamp(-1, 1), w), False),
+        (lambda x, w: F.linear(x.cumsum(0) + x.cumsum(1), w), False),
+        (lambda x, w: F.linear(x.cumsum(0), w), False),
+        (lambda x, w: F.linear(x.cumsum(0).flip(0), w), False),
+    ],
+)
+def test_what_pointwise_ops_make_of_what_is_there_is_made_again(function, again):
+    x, w = torch.randn(48, 32, requires_grad=True), torch.randn(64, 32, requires_grad=True)
+    gm, plan, _ = lowered(trace_joint(function, x, w))
+    assert saved_of(plan, "grad_weight", "input") == ("recompute" if again else "codes")
+    assert [n.meta.get("recompute") for n in columns_of_computed(gm)] == [RECOMPUTE] * again
+    for node in tagged(gm.graph):
+        assert node.target not in (aten.cumsum.default, aten.mean.dim, aten.var_mean.correction)
+
+
+def test_what_the_user_checkpoints_is_left_to_the_policy():
+    x, w = torch.randn(48, 32, requires_grad=True), torch.randn(64, 32, requires_grad=True)
+    gm = trace_joint(lambda x, w: F.linear(F.silu(x.cumsum(0)), w), x, w)
+    for node in gm.graph.nodes:
+        if "sigmoid" in node.name or "neg" in node.name or "exp" in node.name:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    before = {n.name: n.meta.get("recompute") for n in gm.graph.nodes}
+    lowered(gm)
+    for node in gm.graph.nodes:
+        if before.get(node.name) is not None:
+            assert node.meta["recompute"] == before[node.name]
+
+
+def attention_with_residual(x, q, w):
+    heads = F.linear(x, q).view(1, 48, 2, 16).transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(heads, heads, heads)
+    # The backward reads the exponential and the sum.
+    stream = x.exp() + F.linear(mixed.transpose(1, 2).reshape(48, 32), w)
+    return stream.sin()
+
+
+@pytest.mark.parametrize("memory", ["fast", "exact", "balanced"])
+def test_only_exact_repeats_the_projection_of_attentions_output(memory):
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((48, 32), (32, 32), (32, 32))]
+    gm, _, _ = lowered(trace_joint(attention_with_residual, *inputs), memory=memory)
+    repeated = [n for n in tagged(gm.graph) if n.target is ops.scaled_mm]
+    assert len(repeated) == (memory == "exact")
+    sums = [n for n in tagged(gm.graph) if n.target is aten.add.Tensor]
+    assert len(sums) == len(repeated)
+
+
+@pytest.mark.parametrize("memory", ["exact", "balanced"])
+def test_operands_of_gemms_that_stay_are_made_again_where_memory_is_short(memory):
+    x, w = torch.randn(48, 32, requires_grad=True), torch.randn(64, 32, requires_grad=True)
+    gm = trace_joint(lambda x, w: F.linear(F.silu(x.cumsum(0)), w), x, w)
+    lowered(gm, recipe="bf16", memory=memory)
+    assert bool(tagged(gm.graph)) == (memory == "balanced")
+
+
+def test_a_branch_that_stays_shares_what_is_made_again():
+    def lora(x, w, a, b):
+        h = F.silu(x.cumsum(0))
+        return F.linear(h, w) + F.linear(F.linear(h, a), b)
+
+    inputs = [torch.randn(s, requires_grad=True) for s in ((48, 32), (64, 32), (8, 32), (64, 8))]
+    gm, plan, _ = lowered(trace_joint(lora, *inputs))
+    assert {d.lowered for d in plan.decisions} == {True, False}
+    assert [n.meta.get("recompute") for n in columns_of_computed(gm)] == [RECOMPUTE]
+    kept = [n for n in calls(gm.graph, (aten.mm.default,)) if n in backward_nodes(gm.graph)]
+    reads = {operand for node in kept for operand in node.all_input_nodes}
+    assert any(n.meta.get("recompute") == RECOMPUTE for n in reads)
 
 
 def test_frozen_weights_make_no_column_codes_of_the_input():

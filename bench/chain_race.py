@@ -1,0 +1,144 @@
+"""Races schedules and configurations of chain kernels (`codegen/choose_chains`) on a GPU, beside
+the same work unfused: the chain compiled by Inductor, then the quantizers of its outputs.
+
+    python bench/chain_race.py --out bench/results/chain_race.json [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernels import LAUNCH_ERRORS, buffer_sets, copy_bandwidth, median_ms
+from record import header, save
+
+from hadagraph.codegen import launch, tune
+from hadagraph.codegen.choose_chains import schedule_bytes, schedules, wanted_of
+from hadagraph.formats import Encoding
+from hadagraph.reference import CHAIN_DTYPES
+from hadagraph.region import Chain
+
+T = 16384
+ROWS, COLUMNS = "int8/per_kept_index/h128", "int8/per_kept_index/h32"
+FP8 = "fp8_e4m3/per_kept_index"
+SILU_MUL = (
+    "in bf16 matrix; in bf16 matrix; sigmoid %0; mul %0 %2; cast_bf16 %3; mul %4 %1; out %5 bf16"
+)
+SILU_MUL_BACKWARD = (
+    "in bf16 matrix; in bf16 matrix; in bf16 matrix; sigmoid %1; mul %1 %3; cast_bf16 %4; "
+    "mul %0 %5; mul %0 %2; cast_bf16 %7; sub 1.0 %3; mul %1 %9; add %10 1.0; mul %3 %11; "
+    "mul %8 %12; out %13 bf16; out %6 bf16"
+)
+RMS_NORM = (
+    "in bf16 matrix; in fp32 rows; in bf16 columns; mul %0 %1; cast_bf16 %3; mul %4 %2; out %5 bf16"
+)
+ADD = "in bf16 matrix; in bf16 matrix; add %0 %1; out %2 bf16"
+# name, chain, K, rows, columns, value wanted
+CASES = (
+    ("silu_mul rows", SILU_MUL, 14336, ROWS, "", False),
+    ("silu_mul rows fp8", SILU_MUL, 14336, FP8, "", False),
+    ("silu_mul columns", SILU_MUL, 14336, "", COLUMNS, False),
+    ("silu_mul backward", SILU_MUL_BACKWARD, 14336, ROWS, COLUMNS, False),
+    ("silu_mul backward fp8", SILU_MUL_BACKWARD, 14336, FP8, FP8, False),
+    ("rms_norm rows", RMS_NORM, 4096, ROWS, "", False),
+    ("rms_norm columns", RMS_NORM, 4096, "", COLUMNS, False),
+    ("rms_norm both", RMS_NORM, 4096, ROWS, COLUMNS, False),
+    ("add both, value", ADD, 4096, ROWS, COLUMNS, True),
+)
+
+
+def inputs_of(chain: Chain, K: int) -> list[torch.Tensor]:
+    shapes = {"matrix": (T, K), "rows": (T,), "columns": (K,), "scalar": ()}
+    return [
+        torch.randn(shapes[each.shape], device="cuda").to(CHAIN_DTYPES[each.dtype])
+        for each in chain.inputs
+    ]
+
+
+def eager(chain: Chain, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """The chain as Inductor is given it: `CHAINS` of this benchmark use these operations only."""
+    functions: dict[str, Any] = {
+        "add": torch.add,
+        "sub": lambda a, b: a - b,
+        "mul": torch.mul,
+        "sigmoid": torch.sigmoid,
+        "cast_bf16": lambda a: a.bfloat16().float(),
+    }
+    values = [
+        x.float()[:, None] if each.shape == "rows" else x.float()
+        for x, each in zip(inputs, chain.inputs, strict=True)
+    ]
+    for step in chain.steps:
+        operands = [
+            each if isinstance(each, float) else values[each.index] for each in step.operands
+        ]
+        values.append(functions[step.op](*operands))
+    return [values[out.value.index].to(CHAIN_DTYPES[out.dtype]) for out in chain.outputs]
+
+
+def unfused(compiled: Any, inputs: list[torch.Tensor], row: str, column: str) -> list[Any]:
+    capability = torch.cuda.get_device_capability()
+    encodings = [Encoding.parse(text) if text else None for text in (row, column)]
+    return [launch.quantize(x, *encodings, capability) for x in compiled(*inputs)]
+
+
+def race(case: tuple[Any, ...], copy: float, repeats: int, quick: bool) -> dict[str, Any]:
+    name, text, K, row, column, value = case
+    chain = Chain.parse(text)
+    count = len(chain.outputs)
+    capability = torch.cuda.get_device_capability()
+    sets = [inputs_of(chain, K) for _ in range(buffer_sets(T * K * 2 * len(chain.inputs)))]
+    lists = ([row] * count, [column] * count, [value] * count)
+    wanted = wanted_of(*lists)
+    compiled = torch.compile(partial(eager, chain), dynamic=False)
+    calls = [partial(unfused, compiled, inputs, row, column) for inputs in sets]
+    entries: list[dict[str, Any]] = [{"how": "unfused", "ms": median_ms(calls, repeats)}]
+    configs = [*tune.chain_rows_candidates(capability), *tune.chain_candidates(capability)]
+    fastest = schedules(chain, wanted)[0]
+    tried = product(schedules(chain, wanted), [None] if quick else [None, *configs])
+    for schedule, config in tried:
+        if isinstance(config, tune.RowsConfig) and not schedule.whole_rows:
+            continue
+        if isinstance(config, tune.ChainConfig) and schedule.whole_rows and not column:
+            continue
+        entry = {"how": str(schedule), "config": str(config), "table": schedule == fastest}
+        options = (*lists, capability, config, schedule)
+        calls = [partial(launch.quantize_chain, inputs, text, *options) for inputs in sets]
+        try:
+            entry["ms"] = median_ms(calls, repeats)
+        except LAUNCH_ERRORS as error:
+            entry["error"] = str(error)[:200]
+        else:
+            moved = T * K * schedule_bytes(chain, wanted, schedule)
+            entry["bytes"] = moved
+            entry["share_of_copy"] = moved / (entry["ms"] * 1e-3) / copy
+        entries.append(entry)
+    entries.sort(key=lambda each: each.get("ms", float("inf")))
+    print(f"\n{name} [{T} x {K}]")
+    for entry in entries[:12] + [e for e in entries[12:] if e["how"] == "unfused"]:
+        share = f"{entry['share_of_copy']:.2f}" if "share_of_copy" in entry else "    "
+        took = f"{entry['ms']:.4f} ms" if "ms" in entry else entry["error"]
+        print(f"  {took}  {share}  {entry['how']} {entry.get('config', '')}", flush=True)
+    return {"case": name, "T": T, "K": K, "entries": entries}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--quick", action="store_true", help="the tables' configurations only")
+    parser.add_argument("--repeats", type=int, default=15)
+    args = parser.parse_args()
+    copy = copy_bandwidth(args.repeats)
+    content = header("chain_race", args) | {"copy_bytes_per_s": copy, "cases": []}
+    print(f"copy {copy / 1e12:.2f} TB/s")
+    for case in CASES:
+        content["cases"].append(race(case, copy, args.repeats, args.quick))
+        save(content, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Chains into quantizers, in Triton's interpreter against their references: no GPU needed. As in
+`test_interpreter`, one ordinary test runs this file again in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_checks import CHAINS, chain_inputs, check_chain
+
+from hadagraph.codegen import launch, tune
+from hadagraph.codegen.choose_chains import ChainSchedule, schedule_bytes, schedules, wanted_of
+from hadagraph.region import Chain
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs under TRITON_INTERPRET=1")
+SM90 = (9, 0)
+ROTATED, PLAIN = "int8/per_kept_index/h128", "int8/per_kept_index"
+H32 = "int8/per_kept_index/h32"
+CHAIN_LAYOUTS = {"rows": (ROTATED, ""), "columns": ("", H32), "both": (ROTATED, H32)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+def test_interpreter_process():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def bytes_of(name: str, row: str, column: str, value: bool) -> tuple[ChainSchedule, float]:
+    """The schedule taken, and the bytes that it moves for one element of each output."""
+    chain = Chain.parse(CHAINS[name])
+    count = len(chain.outputs)
+    wanted = wanted_of([row] * count, [column] * count, [value] * count)
+    first = schedules(chain, wanted)[0]
+    return first, schedule_bytes(chain, wanted, first)
+
+
+def test_the_schedule_moves_the_fewest_bytes():
+    whole, passes = ChainSchedule(True, False), ChainSchedule(False, False)
+    stored = ChainSchedule(False, True)
+    # silu(gate) * up: reads 4 bytes, its value takes 2
+    assert bytes_of("silu_mul", ROTATED, "", False) == (whole, 4 + 1)
+    assert bytes_of("silu_mul", ROTATED, "", True) == (whole, 4 + 1 + 2)
+    assert bytes_of("silu_mul", "", H32, False) == (passes, 4 + 4 + 1)
+    assert bytes_of("silu_mul", "", H32, True) == (stored, 4 + 2 + 2 + 1)
+    # its backward: 6 bytes, two values of 2
+    assert bytes_of("silu_mul_backward", ROTATED, H32, False) == (passes, 6 + 6 + 4)
+    assert bytes_of("silu_mul_backward", ROTATED, H32, True) == (stored, 6 + 4 + 4 + 4)
+    assert bytes_of("rms_norm", ROTATED, H32, False) == (passes, 2 + 2 + 2)
+
+
+@interpreter
+@pytest.mark.parametrize("layouts", CHAIN_LAYOUTS)
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains(name, layouts):
+    check_chain(name, 40, 150, [CHAIN_LAYOUTS[layouts]], "cpu", SM90)
+
+
+@interpreter
+@pytest.mark.parametrize("T", [0, 1, 33])
+@pytest.mark.parametrize("K", [1, 31])
+def test_chains_of_odd_shapes(T, K):
+    for pair in CHAIN_LAYOUTS.values():
+        check_chain("relu_scaled", T, K, [pair], "cpu", SM90, strided=True)
+        if T > 0:
+            check_chain("offset", T, K, [pair], "cpu", SM90)
+
+
+@interpreter
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("whole_rows", [False, True])
+@pytest.mark.parametrize("stored", [False, True])
+def test_chain_schedules(stored, whole_rows, values):
+    text = ROTATED if values else PLAIN
+    schedule = ChainSchedule(whole_rows, stored)
+    check_chain("add", 40, 140, [(text, H32)], "cpu", SM90, values=values, schedule=schedule)
+    if not whole_rows:
+        layouts = [(text, ROTATED), ("int8/per_tensor/h16", "int8/per_tensor")]
+        check_chain("two_dtypes", 40, 140, layouts, "cpu", SM90, values=values, schedule=schedule)
+
+
+@interpreter
+def test_chain_outputs_in_unlike_layouts():
+    check_chain("two_dtypes", 70, 130, [(ROTATED, ""), ("", "")], "cpu", SM90)
+    check_chain("two_dtypes", 70, 130, [("", PLAIN), (H32, ROTATED)], "cpu", SM90, values=False)
+
+
+@interpreter
+@pytest.mark.parametrize("index", range(len(tune.chain_candidates(SM90))))
+def test_chain_configurations(index):
+    config = tune.chain_candidates(SM90)[index]
+    check_chain("two_dtypes", 70, 136, [(ROTATED, H32)], "cpu", SM90, config=config)
+
+
+@interpreter
+@pytest.mark.parametrize("index", range(len(tune.chain_rows_candidates(SM90))))
+def test_chain_row_configurations(index):
+    config = tune.chain_rows_candidates(SM90)[index]
+    check_chain("add", 35, 300, [(ROTATED, "")], "cpu", SM90, config=config)
+
+
+@interpreter
+def test_chains_of_rows_read_twice():
+    check_chain("add", 2, 17000, [(ROTATED, "")], "cpu", SM90)
+    check_chain("relu_scaled", 2, 17000, [(PLAIN, "")], "cpu", SM90, values=False)
+
+
+@interpreter
+def test_chains_keep_what_is_not_finite():
+    x, y = chain_inputs(CHAINS["add"], 40, 150, exact=True)
+    x[3, 7], y[30, 100], y[5, 5] = float("nan"), float("inf"), -float("inf")
+    for pair in CHAIN_LAYOUTS.values():
+        check_chain("add", 40, 150, [pair], "cpu", SM90, inputs=[x, y], values=False)
+
+
+@interpreter
+@pytest.mark.parametrize("column", ["", H32])
+def test_the_sources_that_run_are_listed(column):
+    text = CHAINS["rms_norm"]
+    inputs = chain_inputs(text, 40, 200, exact=False)
+    arguments = (inputs, text, ["int8/per_kept_index/h16"], [column], [False])
+    before = launch.emitted_sources()
+    listed = launch.sources_for("quantize_chain", arguments, SM90)
+    assert len(listed) == (2 if column else 1)
+    assert not before.keys() & listed.keys()
+    launch.quantize_chain(*arguments, SM90)
+    assert launch.emitted_sources() == before | listed
+
+
+@interpreter
+def test_what_a_chain_refuses():
+    x = torch.zeros(4, 4, dtype=torch.bfloat16)
+    add = CHAINS["add"]
+    with pytest.raises(ValueError, match="input 1 must be matrix of bf16 with 16 elements"):
+        launch.quantize_chain([x, x.float()], add, [ROTATED], [""], [False], SM90)
+    with pytest.raises(ValueError, match="every output must be wanted"):
+        launch.quantize_chain([x, x], add, [""], [""], [True], SM90)
+    schedule = ChainSchedule(whole_rows=True, stored=False)
+    with pytest.raises(ValueError, match="schedule must be one of"):
+        launch.quantize_chain([x, x], add, [""], [PLAIN], [False], SM90, None, schedule)

@@ -1,0 +1,123 @@
+"""When the kernel in Gluon multiplies int8 codes, and that one in Triton does where it cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+import triton
+
+from hadagraph.codegen import direct
+from hadagraph.codegen.autotune import candidates
+from hadagraph.codegen.choose import pingpong_refusal, select_scaled_mm
+from hadagraph.codegen.choose_mm import problem_of
+from hadagraph.codegen.listing import sources_for
+from hadagraph.codegen.spec import GluonMmSpec, ScaledMmSpec
+from hadagraph.codegen.tune import MmConfig, scaled_mm_candidates
+from hadagraph.reference import INT32_CONTRACTION
+
+HOPPER = (9, 0)
+BF16, FP32 = torch.bfloat16, torch.float32
+INT8, E4M3 = ("int8", "int8"), ("fp8_e4m3", "fp8_e4m3")
+LARGE, SMALL = (8192, 4096, 4096), (512, 512, 512)
+PINGPONG = MmConfig(128, 128, 128, 4, 6, True, group=16, pingpong=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    direct.gluon_refusal.cache_clear()
+    yield
+    direct.gluon_refusal.cache_clear()
+
+
+def selected(sizes=LARGE, formats=INT8, out=BF16, capability=HOPPER, config=None):
+    return select_scaled_mm(*sizes, *formats, (False, True), FP32, out, capability, config)
+
+
+@pytest.mark.parametrize("sizes", [LARGE, (8191, 4088, 4096 + 16), (128 * 132, 8, 16)])
+@pytest.mark.parametrize("out", [BF16, torch.float16, FP32])
+def test_hopper_takes_it_where_every_sm_has_a_tile(sizes, out):
+    spec = selected(sizes, out=out)
+    assert isinstance(spec, GluonMmSpec)
+    assert (spec.a_per_tensor, spec.b_per_tensor, spec.bias_dtype) == (False, True, "fp32")
+    assert (spec.mask_m, spec.mask_n) == (sizes[0] % 128 != 0, sizes[1] % 128 != 0)
+
+
+def test_small_outputs_keep_smaller_tiles():
+    spec = selected(SMALL)
+    assert isinstance(spec, ScaledMmSpec) and spec.block_m == 64
+    assert isinstance(selected(SMALL, config=PINGPONG), GluonMmSpec)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"sizes": (8192, 4100, 4096)}, "16 bytes"),
+        ({"sizes": (8192, 4098, 4096), "out": FP32}, "16 bytes"),
+        ({"sizes": (8192, 4096, INT32_CONTRACTION + 16)}, "int32"),
+        ({"formats": E4M3}, "int8"),
+        ({"capability": (10, 0)}, "9.0"),
+        ({"capability": (8, 0)}, "9.0"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("config", [None, PINGPONG])
+def test_triton_multiplies_what_it_cannot(changed, why, config):
+    spec = selected(**changed, config=config)
+    assert isinstance(spec, ScaledMmSpec)
+    assert spec == selected(**changed)
+    sizes, out = changed.get("sizes", LARGE), changed.get("out", BF16)
+    names = changed.get("formats", INT8)[0], "fp32" if out == FP32 else "bf16"
+    assert why in str(pingpong_refusal(*sizes[1:], *names, changed.get("capability", HOPPER)))
+
+
+def test_fp32_rows_of_four_are_whole_16_bytes():
+    assert isinstance(selected((8192, 4100, 4096), out=FP32), GluonMmSpec)
+
+
+@pytest.mark.parametrize("why", ["version", "interpreter", "missing"])
+def test_where_gluon_is_not_known_triton_stands_in_and_it_is_said_once(monkeypatch, caplog, why):
+    if why == "version":
+        monkeypatch.setattr(triton, "__version__", "9.0.0")
+    elif why == "interpreter":
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with caplog.at_level(logging.INFO, logger=direct.__name__):
+        for config in (None, PINGPONG):
+            spec = selected(config=config)
+            assert isinstance(spec, ScaledMmSpec)
+            assert (spec.block_m, spec.block_n, spec.stages) == (128, 128, 3)
+    said = {"version": "9.0.0 is not", "interpreter": "interpreter", "missing": "is missing"}[why]
+    assert [said in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_other_targets_do_not_ask_for_gluon(monkeypatch, caplog):
+    monkeypatch.setattr(triton, "__version__", "9.0.0")
+    with caplog.at_level(logging.INFO, logger=direct.__name__):
+        selected(capability=(8, 0))
+        selected(formats=E4M3)
+    assert not caplog.records
+
+
+def test_it_is_raced_where_it_can_be_used():
+    listed = [config for config in scaled_mm_candidates(HOPPER) if config.pingpong]
+    assert {config.group for config in listed} == {8, 16}
+    assert not any(config.pingpong for config in scaled_mm_candidates((10, 0)))
+
+    def raced(sizes, formats):
+        problem = problem_of(sizes, formats, (False, False), BF16)
+        return [c for c in candidates(problem, HOPPER) if getattr(c, "pingpong", False)]
+
+    assert raced(LARGE, INT8) == listed
+    assert raced((8192, 4100, 4096), INT8) == raced(LARGE, E4M3) == []
+
+
+def test_a_dump_shows_its_source():
+    a = torch.empty(8192, 4096, dtype=torch.int8, device="meta")
+    scale = torch.empty(8192, device="meta")
+    ((name, source),) = sources_for("scaled_mm", (a, a, scale, scale, None, BF16), HOPPER).items()
+    assert name.startswith("scaled_mm_pingpong_int8_bf16_")
+    assert "gl.warp_specialize" in source
