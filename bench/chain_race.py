@@ -17,7 +17,7 @@ from kernels import LAUNCH_ERRORS, buffer_sets, copy_bandwidth, median_ms
 from record import header, save
 
 from hadagraph.codegen import launch, tune
-from hadagraph.codegen.choose_chains import schedule_bytes, schedules, wanted_of
+from hadagraph.codegen.choose_chains import SCHEDULES, select_chain, wanted_of
 from hadagraph.formats import Encoding
 from hadagraph.reference import CHAIN_DTYPES
 from hadagraph.region import Chain
@@ -44,6 +44,8 @@ CASES = (
     ("silu_mul columns", SILU_MUL, 14336, "", COLUMNS, False),
     ("silu_mul backward", SILU_MUL_BACKWARD, 14336, ROWS, COLUMNS, False),
     ("silu_mul backward fp8", SILU_MUL_BACKWARD, 14336, FP8, FP8, False),
+    ("silu_mul backward rows", SILU_MUL_BACKWARD, 14336, ROWS, "", False),
+    ("silu_mul both", SILU_MUL, 14336, ROWS, COLUMNS, False),
     ("rms_norm rows", RMS_NORM, 4096, ROWS, "", False),
     ("rms_norm columns", RMS_NORM, 4096, "", COLUMNS, False),
     ("rms_norm both", RMS_NORM, 4096, ROWS, COLUMNS, False),
@@ -97,15 +99,12 @@ def race(case: tuple[Any, ...], copy: float, repeats: int, quick: bool) -> dict[
     compiled = torch.compile(partial(eager, chain), dynamic=False)
     calls = [partial(unfused, compiled, inputs, row, column) for inputs in sets]
     entries: list[dict[str, Any]] = [{"how": "unfused", "ms": median_ms(calls, repeats)}]
-    configs = [*tune.chain_rows_candidates(capability), *tune.chain_candidates(capability)]
-    fastest = schedules(chain, wanted)[0]
-    tried = product(schedules(chain, wanted), [None] if quick else [None, *configs])
-    for schedule, config in tried:
-        if isinstance(config, tune.RowsConfig) and not schedule.whole_rows:
-            continue
-        if isinstance(config, tune.ChainConfig) and schedule.whole_rows and not column:
-            continue
-        entry = {"how": str(schedule), "config": str(config), "table": schedule == fastest}
+    passes = list(tune.columns_candidates(capability)) if column else []
+    configs = [*(tune.chain_rows_candidates(capability) if row else ()), *passes]
+    table = select_chain(T, K, chain, wanted, capability)
+    for schedule, config in product(SCHEDULES, [None] if quick else [None, *configs]):
+        plan = select_chain(T, K, chain, wanted, capability, config, schedule)
+        entry = {"how": str(schedule), "config": str(config), "table": plan == table}
         options = (*lists, capability, config, schedule)
         calls = [partial(launch.quantize_chain, inputs, text, *options) for inputs in sets]
         try:
@@ -113,7 +112,7 @@ def race(case: tuple[Any, ...], copy: float, repeats: int, quick: bool) -> dict[
         except LAUNCH_ERRORS as error:
             entry["error"] = str(error)[:200]
         else:
-            moved = T * K * schedule_bytes(chain, wanted, schedule)
+            moved = plan.bytes(T, K)
             entry["bytes"] = moved
             entry["share_of_copy"] = moved / (entry["ms"] * 1e-3) / copy
         entries.append(entry)

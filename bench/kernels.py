@@ -24,16 +24,18 @@ from triton.runtime.errors import OutOfResources
 
 from hadagraph import ops
 from hadagraph.codegen import direct, launch, tune
-from hadagraph.codegen.choose import select_quantize
+from hadagraph.codegen.choose import in_one_kernel, select_quantize
+from hadagraph.codegen.spec import WIDTH
 from hadagraph.codegen.tuned import MmChoice
 from hadagraph.formats import Encoding
 
 QUANTIZER_T = 16384
 QUANTIZER_K = (2048, 4096, 14336)
+# Of rows and of columns, which are rotated along the tokens.
 ENCODINGS = {
-    "int8_rotated": "int8/per_kept_index/h128",
-    "fp8_rowwise": "fp8_e4m3/per_kept_index",
-    "fp8_tensorwise": "fp8_e4m3/per_tensor",
+    "int8_rotated": ("int8/per_kept_index/h128", "int8/per_kept_index/h32"),
+    "fp8_rowwise": ("fp8_e4m3/per_kept_index",) * 2,
+    "fp8_tensorwise": ("fp8_e4m3/per_tensor",) * 2,
 }
 LAUNCH_ERRORS = (RuntimeError, CompilationError, OutOfResources)
 LAYOUTS = ("rows", "columns", "both")
@@ -95,7 +97,15 @@ def short(config: object) -> str:
     if isinstance(config, tune.RowsConfig):
         persistent = f" persistent {config.programs_per_sm}" if config.persistent else ""
         order = "" if config.fragment_order else " unordered"
-        return f"{config.tile} {config.warps}w {config.stages}s{persistent}{order}"
+        matrix = "" if config.width == WIDTH else f" H{config.width}"
+        return f"{config.tile} {config.warps}w {config.stages}s{matrix}{persistent}{order}"
+    if isinstance(config, tune.ColumnsConfig):
+        return f"{short(config.amax)} / {short(config.write)}"
+    if isinstance(config, tune.VectorsConfig):
+        how = " backward" * config.backward + " tokens first" * config.tokens_first
+        literal = " literal" * config.literal
+        tile = f"{config.columns}x{config.tokens} {config.warps}w"
+        return f"{tile} chunk {config.chunk}{literal}{how}"
     if isinstance(config, tune.TilesConfig):
         order = "" if config.fragment_order else " unordered"
         return f"{short(config.amax)} / {short(config.write)}{order}"
@@ -110,13 +120,13 @@ def host_microseconds() -> list[Row]:
     """Host time of one operator call on a tiny problem, the mean of HOST_CALLS asynchronous ones,
     with kernels launched directly and through Triton; torch.mm beside them."""
     x = torch.randn(256, 256, dtype=torch.bfloat16, device="cuda")
-    text = ENCODINGS["int8_rotated"]
+    text, column = ENCODINGS["int8_rotated"]
     codes, scale = ops.quantize_rows(x, text)
     calls = {
         "torch.mm": lambda: torch.mm(x, x),
         "quantize_rows": lambda: ops.quantize_rows(x, text),
-        "quantize_columns": lambda: ops.quantize_columns(x, text),
-        "quantize_both": lambda: ops.quantize_both(x, text, text),
+        "quantize_columns": lambda: ops.quantize_columns(x, column),
+        "quantize_both": lambda: ops.quantize_both(x, text, column),
         "scaled_mm": lambda: ops.scaled_mm(codes, codes, scale, scale, None, torch.bfloat16),
     }
     results = []
@@ -143,22 +153,27 @@ def _host_us(call: Callable[[], object]) -> float:
 
 def time_quantizer(
     K: int,
-    text: str,
+    encodings: tuple[str, str],
     layouts: str,
     bandwidth: float,
     repeats: int,
-    config: object = None,
+    config: Any = None,
     T: int = QUANTIZER_T,
 ) -> Row:
     """One quantizer on [T, K] bf16, with its shares of copy bandwidth on the minimal
     bytes (one read, one write a layout) and on the bytes that its scheme moves."""
-    encoding = Encoding.parse(text)
-    rows = encoding if layouts != "columns" else None
-    columns = encoding if layouts != "rows" else None
+    row, column = map(Encoding.parse, encodings)
+    rows = row if layouts != "columns" else None
+    columns = column if layouts != "rows" else None
     capability = torch.cuda.get_device_capability()
     minimal = T * K * (2 + (rows is not None) + (columns is not None))
-    plan = select_quantize(T, K, torch.bfloat16, rows, columns, capability, config)
-    scheme = sum(spec.bytes(T, K) for spec in plan.specs)
+    pairs = [(rows, columns)]
+    bf16 = torch.bfloat16
+    if rows and columns and not in_one_kernel(rows, columns, bf16, capability, config):
+        pairs = [(rows, None), (None, columns)]
+    plans = [select_quantize(T, K, bf16, *pair, capability, config) for pair in pairs]
+    specs = [spec for plan in plans for spec in plan.specs]
+    scheme = sum(spec.bytes(T, K) for spec in specs)
     inputs = [
         torch.randn(T, K, dtype=torch.bfloat16, device="cuda")
         for _ in range(buffer_sets(T * K * 2))
@@ -168,11 +183,11 @@ def time_quantizer(
     return {
         "kernel": "quantize",
         "layouts": layouts,
-        "encoding": text,
+        "encoding": " | ".join(str(each) for each in (rows, columns) if each),
         "T": T,
         "K": K,
         "ms": ms,
-        "flops": sum(spec.flops(T, K) for spec in plan.specs),
+        "flops": sum(spec.flops(T, K) for spec in specs),
         "minimal_bytes": minimal,
         "scheme_bytes": scheme,
         "of_copy_minimal": minimal / (ms * 1e-3) / bandwidth,
@@ -261,8 +276,11 @@ def tune_rows(bandwidth: float, repeats: int) -> list[Row]:
     results: list[Row] = []
     sizes = [(QUANTIZER_T, K) for K in QUANTIZER_K[1:]] + [(SMALL_T, SMALL_K[0])]
     for (T, K), layouts, name in product(sizes, LAYOUTS, ("int8_rotated", "fp8_rowwise")):
-        by_rows = layouts == "rows"
-        candidates = tune.rows_candidates if by_rows else tune.tiles_candidates
+        candidates = {
+            "rows": tune.rows_candidates,
+            "columns": tune.columns_candidates,
+            "both": tune.tiles_candidates,
+        }[layouts]
         for config in candidates(capability):
             results.append(tried_quantizer(T, K, name, layouts, bandwidth, repeats, config))
     for (M, N, C), dtype in product(TUNED_GEMMS, (torch.int8, torch.float8_e4m3fn)):
@@ -294,7 +312,7 @@ def tried_quantizer(
     try:
         return time_quantizer(K, ENCODINGS[name], layouts, bandwidth, repeats, config, T)
     except LAUNCH_ERRORS as error:
-        row = {"T": T, "K": K, "encoding": ENCODINGS[name], "layouts": layouts}
+        row = {"T": T, "K": K, "encoding": " | ".join(ENCODINGS[name]), "layouts": layouts}
         return row | {"config": short(config), "error": str(error)[:200]}
 
 
@@ -339,14 +357,14 @@ def main() -> None:
     bandwidth = copy_bandwidth(repeats)
     widths = QUANTIZER_K[1:2] if options.quick else QUANTIZER_K
     quantizers = [
-        time_quantizer(K, text, layouts, bandwidth, repeats)
-        for text in ENCODINGS.values()
+        time_quantizer(K, texts, layouts, bandwidth, repeats)
+        for texts in ENCODINGS.values()
         for layouts in LAYOUTS
         for K in widths
     ]
     quantizers += [
-        time_quantizer(K, text, layouts, bandwidth, repeats, T=SMALL_T)
-        for text in list(ENCODINGS.values())[:2]
+        time_quantizer(K, texts, layouts, bandwidth, repeats, T=SMALL_T)
+        for texts in list(ENCODINGS.values())[:2]
         for layouts in LAYOUTS
         for K in SMALL_K
     ]

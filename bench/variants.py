@@ -19,6 +19,8 @@ def variants() -> dict[str, Compile]:
         "torchao tensorwise": torchao_float8("tensorwise"),
         "torchao rowwise": torchao_float8("rowwise"),
         "hadagraph int8_rotated": hadagraph(recipe="int8_rotated"),
+        "hadagraph int8_rotated_unfused": hadagraph(recipe="int8_rotated", fuse=False),
+        "hadagraph int8_rotated_fast": hadagraph(recipe="int8_rotated", memory="fast"),
         "hadagraph int8_rotated_balanced": hadagraph(recipe="int8_rotated", memory="balanced"),
         "hadagraph int8_rotated_min": hadagraph(recipe="int8_rotated", memory="min"),
         "hadagraph fp8_tensorwise": hadagraph(recipe="fp8_tensorwise"),

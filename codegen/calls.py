@@ -4,7 +4,7 @@ addresses is looked up, checked and kept, so that a launch costs little Python. 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,8 +14,18 @@ from torch import Tensor
 
 from hadagraph.codegen.choose import QuantizePlan
 from hadagraph.codegen.direct import Launch, empty, zero_words
-from hadagraph.codegen.matrices import matrix_on
-from hadagraph.codegen.spec import WIDTH, GluonMmSpec, KernelSpec, MmSpec, QuantizeRowsSpec
+from hadagraph.codegen.matrices import factor, matrix_on
+from hadagraph.codegen.spec import (
+    WIDTH,
+    AmaxSpec,
+    ColumnAmaxSpec,
+    ColumnWriteSpec,
+    GluonMmSpec,
+    KernelSpec,
+    MmSpec,
+    QuantizeRowsSpec,
+    QuantizeTilesSpec,
+)
 from hadagraph.codegen.store import kernel_module
 from hadagraph.codegen.tune import LibraryMm
 from hadagraph.compat import library_scaled_mm
@@ -48,6 +58,21 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """How a matrix [T, K] with unit stride along K lies: `stride` elements between its rows."""
+
+    shape: tuple[int, int]
+    stride: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(x: Tensor) -> Matrix:
+        T, K = x.shape
+        return Matrix((T, K), x.stride(0), x.dtype, x.device)
+
+
+@dataclass(frozen=True)
 class Output:
     """Shapes and dtype of one layout's codes and scales, and the zeros to which the maxima of its
     scale groups start."""
@@ -68,43 +93,93 @@ class Output:
         return codes, empty((self.groups,), torch.float32, device)
 
 
-def rows_call(
-    plan: QuantizePlan, x: Tensor, rows: Encoding, output: Output
-) -> Callable[[Tensor], Quantized]:
-    """x -> codes and scales of its rows, for every x laid out as this one."""
-    spec = plan.whole_rows
-    assert isinstance(spec, QuantizeRowsSpec)
-    T, K = x.shape
+def rows_launch(
+    spec: QuantizeRowsSpec,
+    programs_per_sm: int,
+    x: Matrix,
+    strides: tuple[int, ...],
+    rows: Encoding,
+    output: Output,
+) -> Callable[..., None]:
+    """(what the kernel reads, its outputs): the whole-row kernel. `strides`: of what it reads; `x`
+    has the shape and dtype of what is quantized."""
+    (T, K), device = x.shape, x.device
     programs = -(-T // spec.rows)
     if spec.persistent:
-        programs = min(programs, plan.programs_per_sm * multiprocessors(x.device))
-    sizes, device = (T, K, x.stride(0), output.codes[1]), x.device
-    launch = launch_of(spec, (programs,), sizes)
+        programs = min(programs, programs_per_sm * multiprocessors(device))
+    launch = launch_of(spec, (programs,), (T, K, *strides, output.codes[1]))
     matrix: tuple[Tensor, ...] = ()
     if rows.rotation is not None:
-        matrix = (matrix_on(x.device, x.dtype, rows.rotation, spec.fragment_order),)
+        small = factor(rows.rotation, spec.width)
+        matrix = (matrix_on(device, x.dtype, small, spec.fragment_order, spec.width),)
+
+    def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        launch(*inputs, *matrix, *outputs)
+
+    return run
+
+
+def rows_call(
+    plan: QuantizePlan, x: Matrix, rows: Encoding, output: Output
+) -> Callable[[Tensor], Quantized]:
+    """x -> codes and scales of its rows, for every x that lies so."""
+    assert plan.whole_rows is not None
+    launch = rows_launch(plan.whole_rows, plan.programs_per_sm, x, (x.stride,), rows, output)
+    device = x.device
 
     def run(x: Tensor) -> Quantized:
         outputs = output.allocate(device)
-        launch(x, *matrix, *outputs)
+        launch((x,), outputs)
         return outputs
 
     return run
 
 
-def tiles_call(
+def pass_launch(
+    spec: ColumnAmaxSpec | ColumnWriteSpec,
+    shape: tuple[int, int],
+    strides: tuple[int, ...],
+    *more: int,
+) -> Launch:
+    """A column pass over matrices [T, K] whose rows lie `strides` elements apart."""
+    T, K = shape
+    grid = (-(-K // spec.columns), -(-T // spec.tokens))
+    if spec.tokens_first:
+        grid = grid[::-1]
+    return launch_of(spec, grid, (T, K, *(strides if spec.strides is None else ()), *more))
+
+
+def columns_call(plan: QuantizePlan, x: Matrix, output: Output) -> Callable[[Tensor], Quantized]:
+    """x -> codes and scales of its columns: the maxima into a zeroed buffer, then the codes; for
+    every x that lies so."""
+    assert isinstance(plan.amax, ColumnAmaxSpec) and isinstance(plan.write, ColumnWriteSpec)
+    device, groups = x.device, output.groups
+    amax = pass_launch(plan.amax, x.shape, (x.stride,))
+    write = pass_launch(plan.write, x.shape, (x.stride,), output.codes[1])
+
+    def run(x: Tensor) -> Quantized:
+        results = output.allocate(device)
+        bits = zero_words(groups, device)
+        amax(x, bits)
+        write(x, bits, *results)
+        return results
+
+    return run
+
+
+def tiles_launch(
     plan: QuantizePlan,
-    x: Tensor,
+    x: Matrix,
     encodings: tuple[Encoding | None, Encoding | None],
     outputs: tuple[Output | None, Output | None],
-) -> Callable[[Tensor], list[Quantized]]:
-    """x -> codes and scales of its rows and/or columns: the amax pass into a zeroed buffer, then
-    the write pass; for every x laid out as this one."""
-    assert plan.amax is not None and plan.write is not None
+) -> Callable[[Tensor, Sequence[Quantized]], None]:
+    """(x, codes and scales of its rows and/or columns): the amax pass into a zeroed buffer, then
+    the write pass; for every x that lies so."""
+    assert isinstance(plan.amax, AmaxSpec) and isinstance(plan.write, QuantizeTilesSpec)
     T, K = x.shape
     device = x.device
     present = [output for output in outputs if output is not None]
-    sizes = (T, K, x.stride(0))
+    sizes = (T, K, x.stride)
     write_sizes = (*sizes, *(output.codes[1] for output in present))
     if plan.write.descriptors:
         write_sizes = (T, K)
@@ -123,8 +198,7 @@ def tiles_call(
     total = starts[-1] + present[-1].groups
     ends = [start + output.groups for start, output in zip(starts, present, strict=True)]
 
-    def run(x: Tensor) -> list[Quantized]:
-        results = [output.allocate(device) for output in present]
+    def run(x: Tensor, results: Sequence[Quantized]) -> None:
         bits = zero_words(total, device)
         buffers = [bits]
         if len(starts) == 2:
@@ -134,6 +208,24 @@ def tiles_call(
         for buffer, (codes, scale) in zip(buffers, results, strict=True):
             arguments += (buffer, codes, scale)
         write(*arguments)
+
+    return run
+
+
+def tiles_call(
+    plan: QuantizePlan,
+    x: Matrix,
+    encodings: tuple[Encoding | None, Encoding | None],
+    outputs: tuple[Output | None, Output | None],
+) -> Callable[[Tensor], list[Quantized]]:
+    """x -> codes and scales of its rows and/or columns, as `tiles_launch` makes them."""
+    launch = tiles_launch(plan, x, encodings, outputs)
+    present = [output for output in outputs if output is not None]
+    device = x.device
+
+    def run(x: Tensor) -> list[Quantized]:
+        results = [output.allocate(device) for output in present]
+        launch(x, results)
         return results
 
     return run

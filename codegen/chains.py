@@ -9,12 +9,28 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hadagraph.codegen.calls import AMAX_ALIGNMENT, Output, launch_of, multiprocessors
-from hadagraph.codegen.choose_chains import ChainPlan, ChainSchedule, Wanted, select_chain
+from hadagraph.codegen.calls import (
+    AMAX_ALIGNMENT,
+    Matrix,
+    Output,
+    pass_launch,
+    rows_launch,
+    tiles_launch,
+)
+from hadagraph.codegen.choose_chains import (
+    ChainPlan,
+    ChainSchedule,
+    ColumnsStep,
+    FirstStep,
+    RowsStep,
+    Source,
+    TilesStep,
+    Wanted,
+    select_chain,
+)
 from hadagraph.codegen.direct import empty, zero_words
-from hadagraph.codegen.matrices import matrix_on
-from hadagraph.codegen.spec import WIDTH, Capability, ChainAmaxSpec, ChainWriteSpec
-from hadagraph.codegen.tune import ChainConfig, RowsConfig
+from hadagraph.codegen.spec import Capability
+from hadagraph.codegen.tune import ColumnsConfig, RowsConfig
 from hadagraph.reference import CHAIN_DTYPES
 from hadagraph.region import MATRIX, Chain, ChainInput
 from hadagraph.rotation import padded_size
@@ -27,7 +43,7 @@ def chain_call(
     chain: Chain,
     wanted: tuple[Wanted, ...],
     capability: Capability,
-    config: RowsConfig | ChainConfig | None = None,
+    config: RowsConfig | ColumnsConfig | None = None,
     schedule: ChainSchedule | None = None,
 ) -> ChainCall:
     """The quantizer of inputs laid out as these. ValueError if they don't fit the chain."""
@@ -38,21 +54,24 @@ def chain_call(
         ready = [copy(given) for copy, given in zip(copies, inputs, strict=True)]
         run = chain_call(ready, chain, wanted, capability, config, schedule)
         return lambda inputs: run([copy(x) for copy, x in zip(copies, inputs, strict=True)])
-    plan = select_chain(T, K, chain, wanted, capability, config, schedule)
+    strides = {
+        index: given.stride(0) for index, (given, each) in enumerate(pairs) if each.shape == MATRIX
+    }
+    apart = tuple(strides.values())
+    plan = select_chain(T, K, chain, wanted, capability, config, schedule, apart)
     device = inputs[0].device
     results = _Results(T, K, chain, wanted, plan.values, device)
     if T == 0 or K == 0:
         return lambda inputs: results.wanted(*results.allocate(empty_scales=True))
-    strides = tuple(given.stride(0) for given, each in pairs if each.shape == MATRIX)
-    rows = _rows_run(T, K, plan, wanted[0], results, strides)
-    passes = _passes_run(T, K, plan, wanted, results, strides)
+    kernels = _Kernels(plan, wanted, results, strides)
+    runs = kernels.runs()
+    words = kernels.words
 
     def run_all(inputs: Sequence[Tensor]) -> list[Tensor]:
         made, values = results.allocate()
-        if rows is not None:
-            rows(inputs, made, values)
-        if passes is not None:
-            passes(inputs, made, values)
+        bits = zero_words(words, device) if words else None
+        for run in runs:
+            run(inputs, made, values, bits)
         return results.wanted(made, values)
 
     return run_all
@@ -61,7 +80,7 @@ def chain_call(
 Made = dict[tuple[int, str], tuple[Tensor, Tensor]]
 """(output, layout) -> codes and scale."""
 Values = list[Tensor | None]
-Run = Callable[[Sequence[Tensor], Made, Values], None]
+Run = Callable[[Sequence[Tensor], Made, Values, Tensor | None], None]
 
 
 class _Results:
@@ -76,7 +95,7 @@ class _Results:
         written: tuple[bool, ...],
         device: torch.device,
     ) -> None:
-        self.shape, self.device, self.want = (T, K), device, wanted
+        self.shape, self.device, self.chain, self.want = (T, K), device, chain, wanted
         self.outputs: dict[tuple[int, str], Output] = {}
         for index, want in enumerate(wanted):
             for layout in want.layouts:
@@ -140,80 +159,116 @@ def _copied(given: Tensor, needed: bool) -> Tensor:
     return given.contiguous() if needed else given
 
 
-def _rows_run(
-    T: int, K: int, plan: ChainPlan, want: Wanted, results: _Results, strides: tuple[int, ...]
-) -> Run | None:
-    """The whole-row kernel's launch."""
-    spec = plan.whole_rows
-    if spec is None:
-        return None
-    assert want.rows is not None and spec.chain is not None
-    device = results.device
-    programs = -(-T // spec.rows)
-    if spec.persistent:
-        programs = min(programs, plan.programs_per_sm * multiprocessors(device))
-    launch = launch_of(spec, (programs,), (T, K, *strides, results.outputs[0, "row"].codes[1]))
-    matrix: tuple[Tensor, ...] = ()
-    if want.rows.rotation is not None:
-        dtype = CHAIN_DTYPES[spec.input_dtype]
-        matrix = (matrix_on(device, dtype, want.rows.rotation, spec.fragment_order),)
+class _Kernels:
+    """The launches of a plan, in order; `words`: of the buffer for maxima."""
 
-    def run(inputs: Sequence[Tensor], made: Made, values: Values) -> None:
-        written = [value for value in values if value is not None]
-        launch(*inputs, *matrix, *made[0, "row"], *written)
+    def __init__(
+        self,
+        plan: ChainPlan,
+        wanted: tuple[Wanted, ...],
+        results: _Results,
+        strides: dict[int, int],
+    ) -> None:
+        self.plan, self.want, self.results, self.strides = plan, wanted, results, strides
+        K = results.shape[1]
+        step = padded_size(K, AMAX_ALIGNMENT)
+        self.slices = {
+            each.output: slice(number * step, number * step + K)
+            for number, each in enumerate(plan.columns)
+        }
+        self.words = step * len(self.slices)
 
-    return run
-
-
-def _passes_run(
-    T: int,
-    K: int,
-    plan: ChainPlan,
-    wanted: tuple[Wanted, ...],
-    results: _Results,
-    strides: tuple[int, ...],
-) -> Run | None:
-    """The launches of the amax pass into a zeroed buffer, and of the write pass."""
-    amax, write = plan.amax, plan.write
-    if amax is None or write is None:
-        return None
-    sides = [(side.output, side.layout) for side in write.sides]
-    codes_strides = [results.outputs[side].codes[1] for side in sides]
-    stored_strides = (K,) * len(wanted)
-    amax_stored = plan.stored and plan.whole_rows is not None
-    first = launch_of(
-        amax, _grid(T, K, amax), (T, K, *(stored_strides if amax_stored else strides))
-    )
-    write_strides = stored_strides if plan.stored else strides
-    second = launch_of(write, _grid(T, K, write), (T, K, *write_strides, *codes_strides))
-    plain, ordered = (
-        [
-            matrix_on(results.device, CHAIN_DTYPES[each.dtype], rotation, order, each.width)
-            for each, rotation in zip(write.matrices, plan.rotations, strict=True)
+    def runs(self) -> list[Run]:
+        plan = self.plan
+        return [
+            *([] if plan.first is None else [self._first(plan.first)]),
+            *map(self._rows, plan.rows),
+            *map(self._columns, plan.columns),
+            *map(self._tiles, plan.tiles),
         ]
-        for order in (False, write.fragment_order)
-    )
-    ends: list[int] = []
-    starts: list[int] = []
-    for side in sides:
-        starts.append(padded_size(ends[-1], AMAX_ALIGNMENT) if ends else 0)
-        ends.append(starts[-1] + results.outputs[side].groups)
 
-    def run(inputs: Sequence[Tensor], made: Made, values: Values) -> None:
-        written = [value for value in values if value is not None]
-        bits = zero_words(ends[-1], results.device)
-        buffers = [bits[start:end] for start, end in zip(starts, ends, strict=True)]
-        if amax_stored:
-            first(*written, *plain, *buffers)
-        else:
-            first(*inputs, *plain, *(written if any(amax.values) else ()), *buffers)
-        arguments = [*(written if plan.stored else inputs), *ordered]
-        for side, buffer in zip(sides, buffers, strict=True):
-            arguments += (buffer, *made[side])
-        second(*arguments)
+    def _apart(self, source: Source) -> tuple[int, ...]:
+        """Row strides of the matrices that a kernel reads."""
+        if source.inputs is None:
+            return (self.results.shape[1],)
+        return tuple(self.strides[index] for index in source.inputs if index in self.strides)
 
-    return run
+    def _matrix(self, output: int) -> Matrix:
+        """The output's value."""
+        dtype = CHAIN_DTYPES[self.results.chain.outputs[output].dtype]
+        return Matrix(self.results.shape, self.results.shape[1], dtype, self.results.device)
+
+    def _first(self, step: FirstStep) -> Run:
+        launch = pass_launch(step.spec, self.results.shape, self._apart(step.source))
+        read = step.source.inputs
+        assert read is not None
+        slices = [self.slices[output] for output in step.outputs if output in self.slices]
+        written = [o for o, here in zip(step.outputs, step.spec.values, strict=True) if here]
+
+        def run(inputs: Sequence[Tensor], made: Made, values: Values, bits: Tensor | None) -> None:
+            maxima = [] if bits is None else [bits[each] for each in slices]
+            launch(*(inputs[i] for i in read), *maxima, *(_there(values[o]) for o in written))
+
+        return run
+
+    def _rows(self, step: RowsStep) -> Run:
+        side = (step.output, "row")
+        encoding = self.want[step.output].rows
+        assert encoding is not None
+        launch = rows_launch(
+            step.spec,
+            step.programs_per_sm,
+            self._matrix(step.output),
+            self._apart(step.source),
+            encoding,
+            self.results.outputs[side],
+        )
+        read = _reader(step.source, step.output)
+        value = step.spec.value
+
+        def run(inputs: Sequence[Tensor], made: Made, values: Values, bits: Tensor | None) -> None:
+            written = (_there(values[step.output]),) if value else ()
+            launch(read(inputs, values), (*made[side], *written))
+
+        return run
+
+    def _columns(self, step: ColumnsStep) -> Run:
+        side = (step.output, "column")
+        contracted = self.results.outputs[side].codes[1]
+        launch = pass_launch(step.spec, self.results.shape, self._apart(step.source), contracted)
+        read = _reader(step.source, step.output)
+        where = self.slices[step.output]
+
+        def run(inputs: Sequence[Tensor], made: Made, values: Values, bits: Tensor | None) -> None:
+            launch(*read(inputs, values), _there(bits)[where], *made[side])
+
+        return run
+
+    def _tiles(self, step: TilesStep) -> Run:
+        output = step.output
+        outputs = (
+            None if step.rows is None else self.results.outputs[output, "row"],
+            None if step.columns is None else self.results.outputs[output, "column"],
+        )
+        encodings = (step.rows, step.columns)
+        layouts = zip(("row", "column"), encodings, strict=True)
+        sides = [(output, layout) for layout, encoding in layouts if encoding is not None]
+        launch = tiles_launch(step.plan, self._matrix(output), encodings, outputs)
+
+        def run(inputs: Sequence[Tensor], made: Made, values: Values, bits: Tensor | None) -> None:
+            launch(_there(values[output]), [made[side] for side in sides])
+
+        return run
 
 
-def _grid(T: int, K: int, spec: ChainAmaxSpec | ChainWriteSpec) -> tuple[int, int]:
-    return -(-K // WIDTH), -(-T // (spec.tile_rows * spec.tiles))
+def _reader(source: Source, output: int) -> Callable[[Sequence[Tensor], Values], list[Tensor]]:
+    """What a kernel reads, of (inputs, values)."""
+    indices = source.inputs
+    if indices is None:
+        return lambda inputs, values: [_there(values[output])]
+    return lambda inputs, values: [inputs[index] for index in indices]
+
+
+def _there(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor

@@ -1,44 +1,49 @@
 """Which kernels quantize the outputs of a chain: the schedule with the fewest bytes, and its specs.
-From shapes, dtypes and the target alone.
+From shapes, dtypes and the target alone. T rows and K columns of the outputs.
 
-T rows and K columns of the outputs. Bytes for one element of an output:
+    first    a column pass: maxima of the outputs whose columns butterflies rotate, and values
+    rows     for an output, the whole-row kernel, which may write the value too
+    columns  for an output, the column pass that writes codes from those maxima
+    tiles    for an output, the quantizer of matrices that serves other encodings
 
-    passes            maxima of all sides, then codes of all: reads the chain's matrices twice
-    passes, stored    the first pass writes the outputs, the second reads those instead
-    rows_then_columns a whole-row kernel, then both passes for the columns: three reads
+Those after the first compute the part of the chain that they need anew, or read the value that it
+wrote, whichever is less.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from hadagraph.codegen.choose import rows_spec
+from hadagraph.codegen.choose import (
+    QuantizePlan,
+    by_butterflies,
+    column_write_spec,
+    in_one_kernel,
+    pass_fields,
+    rows_spec,
+    select_quantize,
+)
 from hadagraph.codegen.spec import (
     INPUT_BYTES,
-    WIDTH,
-    AmaxSide,
     Capability,
-    ChainAmaxSpec,
-    ChainSide,
-    ChainWriteSpec,
-    MatrixArgument,
+    ColumnAmaxSpec,
+    ColumnWriteSpec,
     QuantizeRowsSpec,
+    QuantizerSpec,
     Side,
     matrix_bytes,
 )
 from hadagraph.codegen.tune import (
-    ChainConfig,
-    PassConfig,
+    ColumnsConfig,
     RowsConfig,
-    chain_configuration,
     chain_rows_configuration,
+    columns_configuration,
+    rows_configuration,
 )
 from hadagraph.formats import PER_TENSOR, Encoding
 from hadagraph.reference import CHAIN_DTYPES
-from hadagraph.region import MATRIX, Chain, ChainInput, ChainOutput, Value
-from hadagraph.rotation import Rotation
+from hadagraph.region import MATRIX, Chain, ChainOutput, Step, Value
 
 LAYOUTS = ("row", "column")
 
@@ -58,6 +63,20 @@ class Wanted:
     def layouts(self) -> tuple[str, ...]:
         return tuple(layout for layout in LAYOUTS if self.encoding(layout) is not None)
 
+    @property
+    def whole_rows(self) -> bool:
+        return self.rows is not None and self.rows.granularity != PER_TENSOR
+
+    @property
+    def by_butterflies(self) -> bool:
+        return self.columns is not None and by_butterflies(self.columns)
+
+    @property
+    def by_tiles(self) -> tuple[Encoding | None, Encoding | None]:
+        """Of rows and columns, what neither whole rows nor butterflies make."""
+        rows = None if self.whole_rows else self.rows
+        return rows, None if self.by_butterflies else self.columns
+
 
 def wanted_of(
     rows: Sequence[str], columns: Sequence[str], values: Sequence[bool]
@@ -71,69 +90,79 @@ def wanted_of(
 
 @dataclass(frozen=True)
 class ChainSchedule:
-    """`whole_rows`: one kernel makes the row codes. `stored`: the first kernel writes the outputs,
-    and later ones read them instead of the chain's matrices."""
+    """`stored`: the first kernel writes the outputs, and later ones read them."""
 
-    whole_rows: bool
     stored: bool
 
 
-SCHEDULES = (
-    ChainSchedule(whole_rows=True, stored=False),
-    ChainSchedule(whole_rows=False, stored=False),
-    ChainSchedule(whole_rows=False, stored=True),
-    ChainSchedule(whole_rows=True, stored=True),
-)
+SCHEDULES = (ChainSchedule(stored=False), ChainSchedule(stored=True))
 """In the order in which one is taken of those that move the same bytes."""
 
 
-def schedules(chain: Chain, wanted: tuple[Wanted, ...]) -> tuple[ChainSchedule, ...]:
-    """The schedules that can make what is wanted, fewest bytes first."""
-    rows = wanted[0].rows
-    whole = len(wanted) == 1 and rows is not None and rows.granularity != PER_TENSOR
-    only = whole and wanted[0].columns is None
-    legal = [
-        each
-        for each in SCHEDULES
-        if (whole or not each.whole_rows) and not (only and each.whole_rows and each.stored)
-    ]
-    return tuple(sorted(legal, key=lambda each: schedule_bytes(chain, wanted, each)))
+@dataclass(frozen=True)
+class Source:
+    """The outputs that a kernel needs of a chain, made of those of its inputs; `inputs` None: it
+    reads the value."""
+
+    chain: Chain | None
+    inputs: tuple[int, ...] | None
 
 
-def schedule_bytes(chain: Chain, wanted: tuple[Wanted, ...], schedule: ChainSchedule) -> float:
-    """Device memory traffic for one element of every output, scales and maxima left out."""
-    outputs = list(zip(chain.outputs, wanted, strict=True))
-    read = matrix_bytes(chain)
-    written = sum(
-        INPUT_BYTES[output.dtype]
-        for output, want in outputs
-        if want.value or (schedule.stored and want.layouts)
-    )
-    codes = sum(len(want.layouts) for want in wanted)
-    values = sum(INPUT_BYTES[output.dtype] for output, want in outputs if want.layouts)
-    again = values if schedule.stored else read
-    if not schedule.whole_rows:
-        return read + written + again + codes
-    return read + written + codes + (2 * again if wanted[0].columns else 0)
+@dataclass(frozen=True)
+class FirstStep:
+    """The pass that all others follow; `outputs` are those that it makes."""
+
+    spec: ColumnAmaxSpec
+    source: Source
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RowsStep:
+    spec: QuantizeRowsSpec
+    source: Source
+    output: int
+    programs_per_sm: int
+
+
+@dataclass(frozen=True)
+class ColumnsStep:
+    spec: ColumnWriteSpec
+    source: Source
+    output: int
+
+
+@dataclass(frozen=True)
+class TilesStep:
+    """A quantizer of the value for other encodings of rows and columns."""
+
+    plan: QuantizePlan
+    output: int
+    rows: Encoding | None
+    columns: Encoding | None
 
 
 @dataclass(frozen=True)
 class ChainPlan:
-    """Kernels of one call, in order: `whole_rows` makes the first output's row codes; `amax` and
-    `write` the codes of all other sides. `values`: the outputs that the first of them writes; those
-    after read these where `stored`. `rotations`: those of the passes' matrices."""
+    """Kernels of one call, in order. `values`: the outputs whose values are written."""
 
-    whole_rows: QuantizeRowsSpec | None
-    amax: ChainAmaxSpec | None
-    write: ChainWriteSpec | None
+    first: FirstStep | None
+    rows: tuple[RowsStep, ...]
+    columns: tuple[ColumnsStep, ...]
+    tiles: tuple[TilesStep, ...]
     values: tuple[bool, ...]
-    stored: bool
-    rotations: tuple[Rotation, ...] = ()
-    programs_per_sm: int = 0
 
     @property
-    def specs(self) -> tuple[QuantizeRowsSpec | ChainAmaxSpec | ChainWriteSpec, ...]:
-        return tuple(spec for spec in (self.whole_rows, self.amax, self.write) if spec is not None)
+    def specs(self) -> tuple[QuantizerSpec, ...]:
+        first = () if self.first is None else (self.first.spec,)
+        rows = (step.spec for step in self.rows)
+        columns = (step.spec for step in self.columns)
+        tiles = (spec for step in self.tiles for spec in step.plan.specs)
+        return (*first, *rows, *columns, *tiles)
+
+    def bytes(self, T: int, K: int) -> int:
+        """Device memory traffic of all kernels."""
+        return sum(spec.bytes(T, K) for spec in self.specs)
 
 
 def select_chain(
@@ -142,127 +171,153 @@ def select_chain(
     chain: Chain,
     wanted: tuple[Wanted, ...],
     capability: Capability,
-    config: RowsConfig | ChainConfig | None = None,
+    config: RowsConfig | ColumnsConfig | None = None,
     schedule: ChainSchedule | None = None,
+    strides: Sequence[int] = (),
 ) -> ChainPlan:
-    """The plan for what is `wanted` of each output of the chain. `config` overrides the table's,
-    `schedule` the choice by bytes. ValueError if nothing is wanted, or the schedule can't be."""
-    sides = [(index, layout) for index, want in enumerate(wanted) for layout in want.layouts]
-    if not all(want.layouts or want.value for want in wanted) or not sides:
+    """The plan for what is `wanted` of each output of the chain, whose matrices have rows that lie
+    `strides` (K unless given) elements apart. `config` overrides the table's, `schedule` the choice
+    by bytes. ValueError if nothing is wanted."""
+    layouts = [want.layouts for want in wanted]
+    if not all(want.layouts or want.value for want in wanted) or not any(layouts):
         raise ValueError(
             "quantize_chain: every output must be wanted in a layout or as a value, and one at "
             f"least in a layout, got {wanted}"
         )
-    allowed = schedules(chain, wanted)
-    if schedule is not None and schedule not in allowed:
-        raise ValueError(f"schedule must be one of {allowed}, got {schedule}")
-    schedule = schedule or allowed[0]
-    values = tuple(w.value or (schedule.stored and bool(w.layouts)) for w in wanted)
-    plan = ChainPlan(None, None, None, values, schedule.stored)
-    if schedule.whole_rows:
-        table = chain_rows_configuration(chain, capability)
-        rows_config = config if isinstance(config, RowsConfig) else table
-        spec = _whole_rows(T, K, chain, wanted[0], values[0], rows_config, capability)
-        plan = replace(plan, whole_rows=spec, programs_per_sm=rows_config.programs_per_sm)
-        sides = sides[1:]
-    if not sides:
-        return plan
-    table_passes = chain_configuration(chain, len(sides), capability)
-    passes = config if isinstance(config, ChainConfig) else table_passes
-    return _passes(T, K, chain, wanted, sides, plan, passes, capability)
+    matrices = [index for index, each in enumerate(chain.inputs) if each.shape == MATRIX]
+    apart = dict(zip(matrices, strides or (K,) * len(matrices), strict=True))
+    plan = _Planner(T, K, chain, wanted, capability, config, apart).plan
+    if schedule is not None:
+        return plan(schedule)
+    return min(map(plan, SCHEDULES), key=lambda made: made.bytes(T, K))
 
 
-def _whole_rows(
-    T: int,
-    K: int,
-    chain: Chain,
-    want: Wanted,
-    value: bool,
-    config: RowsConfig,
-    capability: Capability,
-) -> QuantizeRowsSpec:
-    assert want.rows is not None
-    dtype = CHAIN_DTYPES[chain.outputs[0].dtype]
-    spec = rows_spec(T, K, dtype, want.rows, capability, config)
-    return replace(spec, chain=chain, value=value)
+@dataclass(frozen=True)
+class _Planner:
+    """Makes the plans of one call; `strides` by input."""
 
+    T: int
+    K: int
+    chain: Chain
+    wanted: tuple[Wanted, ...]
+    capability: Capability
+    config: RowsConfig | ColumnsConfig | None
+    strides: dict[int, int]
 
-def _passes(
-    T: int,
-    K: int,
-    chain: Chain,
-    wanted: tuple[Wanted, ...],
-    sides: list[tuple[int, str]],
-    plan: ChainPlan,
-    config: ChainConfig,
-    capability: Capability,
-) -> ChainPlan:
-    """The plan with its amax and write pass over these (output, layout)."""
-    columns = [wanted[index].columns for index, layout in sides if layout == "column"]
-    blocks = [each.rotation.block for each in columns if each and each.rotation]
-    tile_rows = max(config.tile_rows, *blocks) if blocks else config.tile_rows
-    matrices: dict[tuple[Rotation, MatrixArgument], int] = {}
-    made: list[ChainSide] = []
-    maxima: list[ChainSide] = []
-    for index, layout in sides:
-        encoding = wanted[index].encoding(layout)
-        assert encoding is not None
-        matrix = None
-        if encoding.rotation is not None:
-            dtype = "fp16" if chain.outputs[index].dtype == "fp16" else "bf16"
-            argument = MatrixArgument(dtype, WIDTH if layout == "row" else tile_rows)
-            matrix = matrices.setdefault((encoding.rotation, argument), len(matrices))
-        side = Side.of(encoding)
-        made.append(ChainSide(index, layout, side, matrix))
-        maxima.append(
-            ChainSide(index, layout, AmaxSide(side.block is not None, side.per_tensor), matrix)
+    def plan(self, schedule: ChainSchedule) -> ChainPlan:
+        numbered = list(enumerate(self.wanted))
+        stored = {i for i, want in numbered if self._stored_first(want, schedule)}
+        maxima = {i for i, want in numbered if want.by_butterflies}
+        values = tuple(i in stored or want.value for i, want in numbered)
+        return ChainPlan(
+            self._first(sorted(stored | maxima), stored) if stored | maxima else None,
+            tuple(self._rows(i, want, stored) for i, want in numbered if want.whole_rows),
+            tuple(self._columns(i, want, stored) for i, want in numbered if want.by_butterflies),
+            tuple(step for i, want in numbered for step in self._tiles(i, want)),
+            values,
         )
-    writes = (False,) * len(chain.outputs)
-    stored = identity(chain)
-    amax_reads_values = plan.whole_rows is not None and plan.stored
-    amax = ChainAmaxSpec(
-        stored if amax_reads_values else chain,
-        tuple(maxima),
-        writes if plan.whole_rows is not None else plan.values,
-        **_pass_fields(T, K, tuple(m for _, m in matrices), tile_rows, config.amax, capability),
-        fragment_order=False,
-        capability=capability,
+
+    def _stored_first(self, want: Wanted, schedule: ChainSchedule) -> bool:
+        """Whether the first kernel writes the output's value; else whole rows do if wanted."""
+        if any(want.by_tiles) or (schedule.stored and want.layouts):
+            return True
+        return want.value and (want.by_butterflies or not want.whole_rows)
+
+    def _source(self, output: int, stored: set[int]) -> Source:
+        chain, inputs = restricted(self.chain, [output])
+        dtype = self.chain.outputs[output].dtype
+        if output in stored and INPUT_BYTES[dtype] <= matrix_bytes(chain):
+            return Source(None, None)
+        return Source(chain, inputs)
+
+    def _apart(self, source: Source) -> tuple[int, ...]:
+        """Row strides of the matrices that are read."""
+        if source.inputs is None:
+            return (self.K,)
+        return tuple(self.strides[index] for index in source.inputs if index in self.strides)
+
+    def _passes(self, source: Source) -> ColumnsConfig:
+        if isinstance(self.config, ColumnsConfig):
+            return self.config
+        outputs = None if source.chain is None else len(source.chain.outputs)
+        return columns_configuration(self.T, self.K, outputs, self.capability)
+
+    def _first(self, outputs: list[int], stored: set[int]) -> FirstStep:
+        source = Source(*restricted(self.chain, outputs))
+        blocks: list[int | None] = []
+        for want in (self.wanted[output] for output in outputs):
+            rotation = want.columns.rotation if want.columns and want.by_butterflies else None
+            blocks.append((rotation.block if rotation else 1) if want.by_butterflies else None)
+        config, apart = self._passes(source).amax, self._apart(source)
+        fields = pass_fields(self.T, self.K, apart, config, self.capability)
+        values = tuple(output in stored for output in outputs)
+        spec = ColumnAmaxSpec(
+            self.chain.outputs[outputs[0]].dtype,
+            source.chain,
+            **fields,
+            blocks=tuple(blocks),
+            values=values,
+            value_stride=self.K if any(values) and fields["strides"] is not None else None,
+        )
+        return FirstStep(spec, source, tuple(outputs))
+
+    def _rows(self, output: int, want: Wanted, stored: set[int]) -> RowsStep:
+        assert want.rows is not None
+        source = self._source(output, stored)
+        if isinstance(self.config, RowsConfig):
+            config = self.config
+        elif source.chain is None:
+            config = rows_configuration(self.K, want.rows.rotation is not None, self.capability)
+        else:
+            config = chain_rows_configuration(source.chain, self.capability)
+        dtype = CHAIN_DTYPES[self.chain.outputs[output].dtype]
+        spec = rows_spec(self.T, self.K, dtype, want.rows, self.capability, config)
+        value = want.value and output not in stored
+        return RowsStep(
+            replace(spec, chain=source.chain, value=value), source, output, config.programs_per_sm
+        )
+
+    def _columns(self, output: int, want: Wanted, stored: set[int]) -> ColumnsStep:
+        assert want.columns is not None
+        source = self._source(output, stored)
+        config = self._passes(source).write
+        dtype = self.chain.outputs[output].dtype
+        arguments = (dtype, source.chain, self._apart(source), Side.of(want.columns))
+        spec = column_write_spec(self.T, self.K, *arguments, config, self.capability)
+        return ColumnsStep(spec, source, output)
+
+    def _tiles(self, output: int, want: Wanted) -> list[TilesStep]:
+        rows, columns = want.by_tiles
+        dtype = CHAIN_DTYPES[self.chain.outputs[output].dtype]
+        pairs = [(rows, columns)] if rows or columns else []
+        if rows and columns and not in_one_kernel(rows, columns, dtype, self.capability):
+            pairs = [(rows, None), (None, columns)]
+        return [
+            TilesStep(select_quantize(self.T, self.K, dtype, *pair, self.capability), output, *pair)
+            for pair in pairs
+        ]
+
+
+def restricted(chain: Chain, outputs: Sequence[int]) -> tuple[Chain, tuple[int, ...]]:
+    """The chain that makes only these outputs, and the inputs of the whole one that it reads."""
+    count = len(chain.inputs)
+    needed = {chain.outputs[output].value.index for output in outputs}
+    for index in range(count + len(chain.steps) - 1, count - 1, -1):
+        if index in needed:
+            operands = chain.steps[index - count].operands
+            needed |= {each.index for each in operands if isinstance(each, Value)}
+    matrices = [index for index, each in enumerate(chain.inputs) if each.shape == MATRIX]
+    if not needed.intersection(matrices):  # a chain's matrices have the shape of its outputs
+        needed.add(matrices[0])
+    kept = sorted(needed)
+    place = {index: Value(position) for position, index in enumerate(kept)}
+    steps = tuple(
+        Step(step.op, tuple(place[e.index] if isinstance(e, Value) else e for e in step.operands))
+        for step in (chain.steps[index - count] for index in kept if index >= count)
     )
-    write = ChainWriteSpec(
-        stored if plan.stored else chain,
-        tuple(made),
-        writes,
-        **_pass_fields(T, K, tuple(m for _, m in matrices), tile_rows, config.write, capability),
-        fragment_order=config.fragment_order,
-        capability=capability,
+    inputs = tuple(index for index in kept if index < count)
+    made = tuple(
+        ChainOutput(place[each.value.index], each.dtype)
+        for each in (chain.outputs[output] for output in outputs)
     )
-    return replace(plan, amax=amax, write=write, rotations=tuple(r for r, _ in matrices))
-
-
-def _pass_fields(
-    T: int,
-    K: int,
-    matrices: tuple[MatrixArgument, ...],
-    tile_rows: int,
-    config: PassConfig,
-    capability: Capability,
-) -> dict[str, Any]:
-    return {
-        "matrices": matrices,
-        "tile_rows": tile_rows,
-        "tiles": config.tiles,
-        "maxnreg": config.maxnreg,
-        "mask_rows": T % (tile_rows * config.tiles) != 0,
-        "mask_columns": K % WIDTH != 0,
-        "warps": config.warps,
-        "stages": config.stages,
-    }
-
-
-def identity(chain: Chain) -> Chain:
-    """The chain that reads the outputs of this one, as matrices, and yields them again."""
-    return Chain(
-        tuple(ChainInput(output.dtype, MATRIX) for output in chain.outputs),
-        (),
-        tuple(ChainOutput(Value(i), each.dtype) for i, each in enumerate(chain.outputs)),
-    )
+    return Chain(tuple(chain.inputs[index] for index in inputs), steps, made), inputs

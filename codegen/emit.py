@@ -1,33 +1,28 @@
 """Spec -> Triton source: one file with one kernel, readable and runnable by itself. Frames the
-bodies that `emit_quantizers` and `emit_matmul` write. Knows no tensors and launches nothing."""
+bodies that the other `emit_*` files write. Knows no tensors and launches nothing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
 
-from hadagraph.codegen.emit_chains import chain_amax_body, chain_write_body, side_prefix
+from hadagraph.codegen.emit_columns import column_amax_body, column_write_body
 from hadagraph.codegen.emit_gluon import gluon_mm
 from hadagraph.codegen.emit_matmul import scaled_mm_body
-from hadagraph.codegen.emit_quantizers import (
-    amax_body,
-    matrix_names,
-    quantize_rows_body,
-    quantize_tiles_body,
-)
+from hadagraph.codegen.emit_rows import quantize_rows_body
+from hadagraph.codegen.emit_tiles import amax_body, matrix_names, quantize_tiles_body
 from hadagraph.codegen.primitives import SIGNATURE_DTYPES, Lines, indent
 from hadagraph.codegen.spec import (
     WIDTH,
     AmaxSpec,
-    ChainAmaxSpec,
-    ChainTiles,
-    ChainWriteSpec,
+    ColumnAmaxSpec,
+    ColumnPass,
+    ColumnWriteSpec,
     GluonMmSpec,
     KernelSpec,
     QuantizeRowsSpec,
     QuantizeTilesSpec,
     ScaledMmSpec,
-    Side,
 )
 from hadagraph.region import MATRIX, Chain
 
@@ -55,7 +50,7 @@ def emit(spec: KernelSpec) -> str:
         "num_stages": spec.stages,
         "enable_fp_fusion": False,
     }
-    if isinstance(spec, QuantizeTilesSpec | ChainTiles) and spec.maxnreg is not None:
+    if isinstance(spec, QuantizeTilesSpec) and spec.maxnreg is not None:
         options["maxnreg"] = spec.maxnreg
     libdevice = any("libdevice." in line for line in kernel.body)
     lines = [
@@ -174,26 +169,43 @@ def _tile_argument(name: str, dtype: str, spec: QuantizeTilesSpec) -> tuple[str,
     return f"{name}_descriptor", f"tensordesc<{SIGNATURE_DTYPES[dtype]}[{WIDTH}, {WIDTH}]>"
 
 
-def _chain_tiles(spec: ChainAmaxSpec | ChainWriteSpec) -> Kernel:
-    arguments = _chain_pointers(spec.chain)
-    arguments += [(f"matrix{i}_ptr", _pointer(m.dtype)) for i, m in enumerate(spec.matrices)]
-    for index, (output, written) in enumerate(zip(spec.chain.outputs, spec.values, strict=True)):
+def _column_inputs(spec: ColumnPass) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Pointers to what a column pass reads, and the strides that its source does not hold."""
+    if spec.chain is None:
+        pointers, strides = [("x_ptr", _pointer(spec.input_dtype))], [("x_stride", "i32")]
+    else:
+        pointers, strides = _chain_pointers(spec.chain), _chain_strides(spec.chain)
+    return pointers, strides if spec.strides is None else []
+
+
+def _column_amax(spec: ColumnAmaxSpec) -> Kernel:
+    arguments, strides = _column_inputs(spec)
+    for index, block in enumerate(spec.blocks):
+        if block is not None:
+            arguments += [(f"amax{index}_ptr", "*i32")]
+    for index, written in enumerate(spec.values):
         if written:
-            arguments += [(f"value{index}_ptr", _pointer(output.dtype))]
-    strides = _chain_strides(spec.chain)
-    for each in spec.sides:
-        name = side_prefix(spec, each)
-        arguments += [(f"{name}_amax_ptr", "*i32")]
-        if isinstance(each.side, Side):
-            arguments += [(f"{name}_codes_ptr", _pointer(each.side.format))]
-            arguments += [(f"{name}_scale_ptr", "*fp32")]
-            strides += [(f"{name}_codes_stride", "i32")]
+            assert spec.chain is not None
+            arguments += [(f"value{index}_ptr", _pointer(spec.chain.outputs[index].dtype))]
     arguments += [("T", "i32"), ("K", "i32"), *strides]
-    if isinstance(spec, ChainAmaxSpec):
-        summary = "maximum magnitudes of outputs [T, K], as fp32 bits, from 0."
-        return Kernel(summary, tuple(arguments), chain_amax_body(spec))
-    summary = "outputs [T, K] to codes, from known maxima."
-    return Kernel(summary, tuple(arguments), chain_write_body(spec))
+    source = "x [T, K]" if spec.chain is None else "a chain's outputs [T, K]"
+    what = f"{source}, written"
+    if any(block is not None for block in spec.blocks):
+        what = f"maximum magnitudes of the columns of {source}, as fp32 bits, from 0"
+    return Kernel(f"{what}.", tuple(arguments), column_amax_body(spec))
+
+
+def _column_write(spec: ColumnWriteSpec) -> Kernel:
+    arguments, strides = _column_inputs(spec)
+    arguments += [
+        ("amax_ptr", "*i32"),
+        ("codes_ptr", _pointer(spec.side.format)),
+        ("scale_ptr", "*fp32"),
+    ]
+    arguments += [("T", "i32"), ("K", "i32"), *strides, ("codes_stride", "i32")]
+    source = "x [T, K]" if spec.chain is None else "a chain's output [T, K]"
+    summary = f"{source} to codes [K, T padded], from known maxima of its columns."
+    return Kernel(summary, tuple(arguments), column_write_body(spec))
 
 
 def _scaled_mm(spec: ScaledMmSpec) -> Kernel:
@@ -222,6 +234,6 @@ _KERNELS = {
     AmaxSpec: _amax,
     QuantizeTilesSpec: _quantize_tiles,
     ScaledMmSpec: _scaled_mm,
-    ChainAmaxSpec: _chain_tiles,
-    ChainWriteSpec: _chain_tiles,
+    ColumnAmaxSpec: _column_amax,
+    ColumnWriteSpec: _column_write,
 }

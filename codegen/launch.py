@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from hadagraph.codegen.calls import (
+    Matrix,
     Operands,
     Output,
     Quantized,
+    columns_call,
     library_call,
     on_device,
     rows_call,
@@ -29,6 +31,8 @@ from hadagraph.codegen.choose import (
     DESCRIPTOR_ALIGNMENT,
     DTYPE_NAMES,
     FORMAT_NAMES,
+    QuantizerConfig,
+    in_one_kernel,
     select_quantize,
     tma_addressable,
 )
@@ -36,15 +40,9 @@ from hadagraph.codegen.choose_chains import ChainSchedule, wanted_of
 from hadagraph.codegen.choose_mm import select_mm
 from hadagraph.codegen.listing import sources_for, specs_for
 from hadagraph.codegen.matrices import WIDTHS, matrix_on, plain_rotations
-from hadagraph.codegen.spec import Capability, check_capability
+from hadagraph.codegen.spec import Capability, ColumnWriteSpec, check_capability
 from hadagraph.codegen.store import emitted_sources
-from hadagraph.codegen.tune import (
-    ChainConfig,
-    LibraryMm,
-    RowsConfig,
-    TilesConfig,
-    both_layouts_in_one,
-)
+from hadagraph.codegen.tune import ColumnsConfig, LibraryMm, RowsConfig
 from hadagraph.codegen.tuned import MmChoice
 from hadagraph.formats import Encoding
 from hadagraph.ops import LIBRARY
@@ -107,7 +105,7 @@ def quantize(
     rows: Encoding | None,
     columns: Encoding | None,
     capability: Capability,
-    config: RowsConfig | TilesConfig | None = None,
+    config: QuantizerConfig | None = None,
 ) -> Outputs:
     """Codes and scales of the rows and/or the columns of x [T, K], any strides; as
     `quantize_reference` along dims 1 and 0. `config` overrides the table's configuration."""
@@ -123,7 +121,7 @@ def _quantizer(
     rows: Encoding | None,
     columns: Encoding | None,
     capability: Capability,
-    config: RowsConfig | TilesConfig | None = None,
+    config: QuantizerConfig | None = None,
 ) -> Callable[[Tensor], Outputs]:
     """The quantizer of tensors laid out as x."""
     if x.dtype not in DTYPE_NAMES:
@@ -133,9 +131,8 @@ def _quantizer(
             turned = _quantizer(x.t(), columns, rows, capability, config)
             return lambda x: turned(x.t())[::-1]
         return lambda x: quantize(x.contiguous(), rows, columns, capability, config)
-    one_matrix = rows is None or columns is None or rows.rotation in (None, columns.rotation)
-    if rows and columns and not both_layouts_in_one(capability, x.element_size(), one_matrix):
-        by_rows = _quantizer(x, rows, None, capability)
+    if rows and columns and not in_one_kernel(rows, columns, x.dtype, capability, config):
+        by_rows = _quantizer(x, rows, None, capability, config)
         by_columns = _quantizer(x, None, columns, capability, config)
         return lambda x: (by_rows(x)[0], by_columns(x)[1])
     T, K = x.shape
@@ -146,13 +143,25 @@ def _quantizer(
     aligned = x.data_ptr() % DESCRIPTOR_ALIGNMENT == 0
     addressable = tma_addressable(x.stride(0), K, x.dtype, aligned)
     plan = select_quantize(
-        T, K, x.dtype, rows, columns, capability, config, addressable=addressable
+        T,
+        K,
+        x.dtype,
+        rows,
+        columns,
+        capability,
+        config,
+        addressable=addressable,
+        stride=x.stride(0),
     )
     if plan.whole_rows is not None:
         assert rows is not None and row_output is not None
-        whole_rows = rows_call(plan, x, rows, row_output)
+        whole_rows = rows_call(plan, Matrix.of(x), rows, row_output)
         return lambda x: (whole_rows(x), None)
-    tiles = tiles_call(plan, x, (rows, columns), (row_output, column_output))
+    if isinstance(plan.write, ColumnWriteSpec):
+        assert column_output is not None
+        by_butterflies = columns_call(plan, Matrix.of(x), column_output)
+        return lambda x: (None, by_butterflies(x))
+    tiles = tiles_call(plan, Matrix.of(x), (rows, columns), (row_output, column_output))
     if columns is None:
         return lambda x: (tiles(x)[0], None)
     if rows is None:
@@ -167,7 +176,7 @@ def quantize_chain(
     columns: Sequence[str],
     values: Sequence[bool],
     capability: Capability | None = None,
-    config: RowsConfig | ChainConfig | None = None,
+    config: RowsConfig | ColumnsConfig | None = None,
     schedule: ChainSchedule | None = None,
 ) -> list[Tensor]:
     """Codes and scales of what a chain (`hadagraph.region`) makes of its inputs: matrices [T, K],

@@ -11,6 +11,7 @@ from hadagraph.codegen.choose import (
     DESCRIPTOR_ALIGNMENT,
     DTYPE_NAMES,
     FORMAT_NAMES,
+    in_one_kernel,
     select_quantize,
     tma_addressable,
 )
@@ -19,7 +20,7 @@ from hadagraph.codegen.choose_mm import select_mm
 from hadagraph.codegen.emit import emit
 from hadagraph.codegen.spec import Capability, KernelSpec, MmSpec
 from hadagraph.codegen.store import source_key
-from hadagraph.codegen.tune import LibraryMm, both_layouts_in_one
+from hadagraph.codegen.tune import LibraryMm
 from hadagraph.formats import Encoding
 from hadagraph.region import MATRIX, Chain
 
@@ -52,14 +53,13 @@ def specs_for(
     stride = strides[0] if strides[1] == 1 else sizes[1]
     aligned = start % DESCRIPTOR_ALIGNMENT == 0
     addressable = tma_addressable(stride, sizes[1], dtype, aligned)
-    one_matrix = rows is None or columns is None or rows.rotation in (None, columns.rotation)
-    if rows and columns and not both_layouts_in_one(capability, dtype.itemsize, one_matrix):
+    pairs = [(rows, columns)]
+    if rows and columns and not in_one_kernel(rows, columns, dtype, capability):
         pairs = [(rows, None), (None, columns)]
-    else:
-        pairs = [(rows, columns)]
     T, K = sizes
     plans = [
-        select_quantize(T, K, dtype, *pair, capability, addressable=addressable) for pair in pairs
+        select_quantize(T, K, dtype, *pair, capability, addressable=addressable, stride=stride)
+        for pair in pairs
     ]
     return tuple(spec for plan in plans for spec in plan.specs)
 
@@ -67,9 +67,12 @@ def specs_for(
 def _chain_specs(arguments: tuple[Any, ...], capability: Capability) -> tuple[KernelSpec, ...]:
     inputs, chain, *wanted = arguments
     parsed = Chain.parse(chain)
-    matrix = next(x for x, each in zip(inputs, parsed.inputs, strict=True) if each.shape == MATRIX)
-    T, K = (_hint(size) for size in matrix.shape)
-    return select_chain(T, K, parsed, wanted_of(*wanted), capability).specs
+    pairs = zip(inputs, parsed.inputs, strict=True)
+    matrices = [x for x, each in pairs if each.shape == MATRIX]
+    T, K = (_hint(size) for size in matrices[0].shape)
+    strides = [_hint(x.stride(0)) if K == 1 or _hint(x.stride(1)) == 1 else K for x in matrices]
+    wants = wanted_of(*wanted)
+    return select_chain(T, K, parsed, wants, capability, strides=strides).specs
 
 
 def _scaled_mm_route(arguments: tuple[Any, ...], capability: Capability) -> MmSpec | LibraryMm:

@@ -8,7 +8,8 @@ import torch
 from hadagraph.codegen.spec import WIDTH
 from hadagraph.rotation import Rotation, block_for, signed_hadamard
 
-WIDTHS = (WIDTH // 2, WIDTH)
+WIDTHS = (WIDTH // 4, WIDTH // 2, WIDTH)
+"""Of the matrices that kernels multiply by."""
 _MATRICES: dict[tuple[torch.device, torch.dtype, Rotation, bool, int], torch.Tensor] = {}
 
 
@@ -23,6 +24,14 @@ def fragment_order(width: int = WIDTH) -> torch.Tensor:
     j, q, e = column // 8, column // 2 % 4, column % 2
     order: torch.Tensor = width // 4 * q + 2 * j + e
     return order
+
+
+def factor(rotation: Rotation, width: int) -> Rotation:
+    """The rotation by the small matrix of a Kronecker product: that of at most `width` columns."""
+    if rotation.block <= width:
+        return rotation
+    assert rotation.signs is None
+    return Rotation(width)
 
 
 def rotation_matrix(rotation: Rotation, reorder: bool, width: int = WIDTH) -> torch.Tensor:

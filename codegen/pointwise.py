@@ -81,18 +81,18 @@ def _operand(operand: Value | float) -> str:
     return text if text[-1].isdigit() else f"float('{text}')"
 
 
-def chain_output(chain: Chain, index: int, name: str, shape: tuple[str, str], inside: str) -> Lines:
+def chain_output(chain: Chain, index: int, name: str, shape: str, inside: str) -> Lines:
     """{name}: the output, rounded to its dtype, of the tile's shape; 0 where not `inside`, as
     arithmetic on the zeros that loads give there may yield anything."""
     output = chain.outputs[index]
     value = f"v{output.value.index}"
     if not _spans_tile(chain, output.value.index):
-        value = f"tl.broadcast_to({value}, ({', '.join(shape)}))"
+        value = f"tl.broadcast_to({value}, {shape})"
     if output.dtype != "fp32":
         value = f"{value}.to({TRITON_DTYPES[output.dtype]})"
     if inside:
         value = f"tl.where({inside}, {value}, 0.0)"
-    return [f"{name} = {value}  # [{', '.join(shape)}]"]
+    return [f"{name} = {value}"]
 
 
 def opaque(name: str, dtype: str) -> Lines:

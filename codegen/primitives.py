@@ -173,3 +173,8 @@ def load(pointer: str, mask: str) -> str:
 
 def store(pointer: str, value: str, mask: str) -> str:
     return f"tl.store({pointer}, {value}, mask={mask})" if mask else f"tl.store({pointer}, {value})"
+
+
+def atomic_max(pointer: str, value: str, mask: str) -> str:
+    masked = f", mask={mask}" if mask else ""
+    return f'tl.atomic_max({pointer}, {value}{masked}, sem="relaxed")'

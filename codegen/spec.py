@@ -12,8 +12,11 @@ from hadagraph.formats import PER_TENSOR, Encoding, format_named
 from hadagraph.region import MATRIX, Chain
 
 WIDTH = 128
-"""Columns of the +-1 matrix that every rotation multiplies by: smaller blocks are repeated along
-its diagonal, which is exact and gives all blocks one code path."""
+"""Columns of a tile, and of the +-1 matrix that rotates it unless a spec says otherwise: smaller
+blocks are repeated along its diagonal, which is exact and gives all blocks one code path."""
+VECTORS = 32
+"""Tokens that a program of the column passes holds in registers, each as a vector of columns: the
+largest block that butterflies over them rotate."""
 
 Capability = tuple[int, int]
 INPUT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -61,9 +64,11 @@ class Side:
 class QuantizeRowsSpec:
     """Rotate and quantize whole rows, per-row scales, in one kernel.
 
-    A tile is `rows` rows of `groups * WIDTH` columns. `streamed`: the row does not fit one tile and
-    is read twice. `persistent`: each program loops over tiles. `fragment_order`: see
-    `hadagraph.codegen.matrices`. `mask_rows`/`mask_columns`: the tile may pass the matrix's edge.
+    A tile is `rows` rows of `groups * WIDTH` columns. Rotations multiply by a matrix of `width`
+    columns, and add up parts of as many for the rest of larger blocks, which then have no signs.
+    `streamed`: the row does not fit one tile and is read twice. `persistent`: each program loops
+    over tiles. `fragment_order`: see `hadagraph.codegen.matrices`. `mask_rows`/`mask_columns`: the
+    tile may pass the matrix's edge; `ragged`: within a run of WIDTH columns.
     `chain`: what makes the matrix, if it is not read; `value`: it is also written.
     """
 
@@ -71,11 +76,13 @@ class QuantizeRowsSpec:
     side: Side
     rows: int
     groups: int
+    width: int
     streamed: bool
     persistent: bool
     fragment_order: bool
     mask_rows: bool
     mask_columns: bool
+    ragged: bool
     warps: int
     stages: int
     capability: Capability
@@ -84,6 +91,8 @@ class QuantizeRowsSpec:
 
     def __post_init__(self) -> None:
         check_capability(self.side.format, self.capability)
+        assert self.width == WIDTH or self.side.block is not None
+        assert self.mask_columns or not self.ragged
         assert not self.side.per_tensor, "per_tensor scales need the amax pass"
         assert not (self.streamed and self.persistent)
         assert self.chain is None or len(self.chain.outputs) == 1
@@ -93,6 +102,11 @@ class QuantizeRowsSpec:
     def name(self) -> str:
         prefix = "" if self.chain is None else "chain_"
         return f"{prefix}quantize_rows_{self.side.label}_{self.input_dtype}"
+
+    @property
+    def parts(self) -> int:
+        """Parts of a run, each of `width` columns."""
+        return WIDTH // self.width
 
     def flops(self, T: int, K: int) -> int:
         """Multiply-adds of the rotation, counted twice."""
@@ -204,96 +218,101 @@ def matrix_bytes(chain: Chain) -> int:
 
 
 @dataclass(frozen=True)
-class MatrixArgument:
-    """A matrix of a rotation that a chain kernel reads: `width` x `width` numbers."""
+class ColumnPass:
+    """A pass over tiles of `columns` x `tokens` of x [T, K], or of what a `chain` makes, each token
+    a vector of columns in registers; butterflies over VECTORS of them rotate along T.
 
-    dtype: str
-    width: int
-
-
-@dataclass(frozen=True)
-class ChainSide:
-    """One layout (`row` or `column`) of a chain's output: `side` as for other quantizers, and which
-    of the kernel's matrices rotates it."""
-
-    output: int
-    layout: str
-    side: Side | AmaxSide
-    matrix: int | None
-
-
-@dataclass(frozen=True)
-class ChainTiles:
-    """A pass over tiles of `tile_rows` x WIDTH whose matrices [T, K] a chain makes in registers.
-
-    A program walks `tiles` tiles down one stripe of columns. `values`: the outputs that are also
-    written in high precision. `maxnreg`: registers a thread, at most.
+    `strides`: elements between the rows of each matrix that is read, if written into the source, so
+    that offsets are immediates. Programs walk along K first, or along T (`tokens_first`);
+    `backward`: from the last tokens, which the cache may still hold.
     """
 
-    chain: Chain
-    sides: tuple[ChainSide, ...]
-    values: tuple[bool, ...]
-    matrices: tuple[MatrixArgument, ...]
-    tile_rows: int
-    tiles: int
-    maxnreg: int | None
-    fragment_order: bool
-    mask_rows: bool
+    input_dtype: str
+    chain: Chain | None
+    columns: int
+    tokens: int
+    strides: tuple[int, ...] | None
+    tokens_first: bool
+    backward: bool
+    mask_tokens: bool
     mask_columns: bool
     warps: int
     stages: int
     capability: Capability
 
-    def __post_init__(self) -> None:
-        for each in self.sides:
-            if isinstance(each.side, Side):
-                check_capability(each.side.format, self.capability)
+    @property
+    def axes(self) -> tuple[int, int]:
+        """Of the grid: those of k and of t."""
+        return (1, 0) if self.tokens_first else (0, 1)
+
+    @property
+    def read_bytes(self) -> int:
+        """Of one element."""
+        if self.chain is None:
+            return INPUT_BYTES[self.input_dtype]
+        return matrix_bytes(self.chain)
+
+    @property
+    def prefix(self) -> str:
+        return "" if self.chain is None else "chain_"
+
+
+@dataclass(frozen=True)
+class ColumnAmaxSpec(ColumnPass):
+    """Maximum magnitudes of columns, as fp32 bits in int32, into buffers that start at 0.
+
+    `blocks`: of each output, the rotation block (1: not rotated), or None: no maxima. `values`: the
+    outputs that are also written in high precision; `value_stride`: as `strides`, theirs.
+    """
+
+    blocks: tuple[int | None, ...]
+    values: tuple[bool, ...]
+    value_stride: int | None
 
     @property
     def name(self) -> str:
-        sides = [f"_{each.layout}s_{each.side.label}" for each in self.sides]
-        dtypes = [f"_{each.dtype}" for each in self.chain.outputs]
-        count = len(self.chain.outputs)
-        what = f"chain_{self.verb}{'' if count == 1 else f'_{count}'}"
-        return what + "".join(dict.fromkeys((*sides, *dtypes)))
-
-    @property
-    def verb(self) -> str:
-        raise NotImplementedError
+        blocks = {block for block in self.blocks if block is not None}
+        labels = [f"_h{block}" if block > 1 else "_plain" for block in sorted(blocks)]
+        what = "column_amax" if labels else "values"
+        dtypes = [each.dtype for each in self.chain.outputs] if self.chain else [self.input_dtype]
+        return f"{self.prefix}{what}{''.join(labels)}_{'_'.join(dict.fromkeys(dtypes))}"
 
     def flops(self, T: int, K: int) -> int:
-        widths = [self.matrices[s.matrix].width for s in self.sides if s.matrix is not None]
-        return sum(2 * T * K * width for width in widths)
+        """Additions of the butterflies."""
+        return sum(T * K * (block.bit_length() - 1) for block in self.blocks if block is not None)
 
     def bytes(self, T: int, K: int) -> int:
-        """One read of the chain's matrices, one write of the values (and of the codes)."""
-        outputs = zip(self.chain.outputs, self.values, strict=True)
-        values = sum(INPUT_BYTES[output.dtype] for output, written in outputs if written)
-        codes = sum(isinstance(each.side, Side) for each in self.sides)
-        return T * K * (matrix_bytes(self.chain) + values + codes)
+        """One read of the matrices, one write of the values and of the maxima."""
+        outputs = self.chain.outputs if self.chain is not None else ()
+        sizes = [INPUT_BYTES[output.dtype] for output in outputs]
+        written = sum(n for n, value in zip(sizes, self.values, strict=False) if value)
+        maxima = sum(block is not None for block in self.blocks)
+        return T * K * (self.read_bytes + written) + 4 * K * maxima
 
 
 @dataclass(frozen=True)
-class ChainAmaxSpec(ChainTiles):
-    """Maximum magnitudes of the sides (each an `AmaxSide`), as `AmaxSpec` makes them."""
+class ColumnWriteSpec(ColumnPass):
+    """Codes in transposed layout [K, T padded] from maxima that `ColumnAmaxSpec` left; `chunk`
+    tokens are stored together."""
+
+    side: Side
+    chunk: int
+
+    def __post_init__(self) -> None:
+        check_capability(self.side.format, self.capability)
+        assert self.tokens % self.chunk == 0 and self.chunk % VECTORS == 0
 
     @property
-    def verb(self) -> str:
-        return "amax"
+    def name(self) -> str:
+        return f"{self.prefix}quantize_columns_{self.side.label}_{self.input_dtype}"
 
+    def flops(self, T: int, K: int) -> int:
+        """Additions of the butterflies."""
+        return T * K * ((self.side.block or 1).bit_length() - 1)
 
-@dataclass(frozen=True)
-class ChainWriteSpec(ChainTiles):
-    """Codes of the sides (each a `Side`), from maxima that `ChainAmaxSpec` left."""
-
-    @property
-    def verb(self) -> str:
-        return "quantize"
-
-    @property
-    def descriptors(self) -> bool:
-        """Chains read and write by pointers."""
-        return False
+    def bytes(self, T: int, K: int) -> int:
+        """One read of the matrices, one write of the codes and the scales."""
+        return T * K * (self.read_bytes + 1) + 4 * K
 
 
 @dataclass(frozen=True)
@@ -399,6 +418,5 @@ class GluonMmSpec:
 
 
 MmSpec = ScaledMmSpec | GluonMmSpec
-KernelSpec = (
-    QuantizeRowsSpec | AmaxSpec | QuantizeTilesSpec | MmSpec | ChainAmaxSpec | ChainWriteSpec
-)
+QuantizerSpec = QuantizeRowsSpec | AmaxSpec | QuantizeTilesSpec | ColumnAmaxSpec | ColumnWriteSpec
+KernelSpec = QuantizerSpec | MmSpec

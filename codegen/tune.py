@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hadagraph.codegen.spec import WIDTH, Capability
+from hadagraph.codegen.spec import VECTORS, WIDTH, Capability
 from hadagraph.region import MATRIX, Chain
 
 SMS_ASSUMED = 132
@@ -15,7 +15,8 @@ MAX_ROW_TILE = 128
 
 @dataclass(frozen=True)
 class RowsConfig:
-    """Whole-row quantizer: `tile` runs of WIDTH columns a program (at least one row)."""
+    """Whole-row quantizer: `tile` runs of WIDTH columns a program (at least one row). `width`:
+    columns of the matrix that rotates, where there are no signs."""
 
     tile: int
     warps: int
@@ -23,6 +24,7 @@ class RowsConfig:
     persistent: bool
     fragment_order: bool
     programs_per_sm: int = 4
+    width: int = WIDTH
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,25 @@ class TilesConfig:
 
 
 @dataclass(frozen=True)
-class ChainConfig:
-    """Passes over tiles of `tile_rows` rows that a chain makes: maxima, then codes. Columns that
-    are rotated in larger blocks take as many rows."""
+class VectorsConfig:
+    """One column pass by butterflies: programs of `columns` x `tokens`. `chunk`: tokens whose codes
+    are stored together. `literal`: row strides are written into the source."""
 
-    tile_rows: int
-    amax: PassConfig
-    write: PassConfig
-    fragment_order: bool = True
+    columns: int
+    tokens: int
+    warps: int
+    chunk: int = VECTORS
+    tokens_first: bool = False
+    backward: bool = False
+    literal: bool = True
+
+
+@dataclass(frozen=True)
+class ColumnsConfig:
+    """The pass for the maxima of columns and the one that writes their codes."""
+
+    amax: VectorsConfig
+    write: VectorsConfig
 
 
 @dataclass(frozen=True)
@@ -90,34 +103,38 @@ def _table_key(capability: Capability) -> str:
     return {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(capability[0], "fallback")
 
 
-# Rows that are not rotated are bound by memory and want small programs. The rotation keeps its
-# matrix in 32 KiB of shared memory: `stages` are what still lets two programs share an SM.
+# Rows that are not rotated are bound by memory and want small programs. So do rotations by a small
+# matrix: 128 elements a thread, the least that a warp's product takes. A matrix of 128 columns is
+# 32 KiB of shared memory, and `stages` are what still lets two programs share an SM.
 _SMALL_ROWS = RowsConfig(32, 4, 2, False, True)
 _ROWS = RowsConfig(64, 4, 2, False, True)
 _LARGE_ROWS = RowsConfig(128, 8, 2, False, True)
+_UNORDERED_ROWS = RowsConfig(128, 8, 2, False, False)
+# By the runs of WIDTH columns in a row's tile.
+ROWS_CASES = {"rotated": 32, "rotated_64": 64, "rotated_128": MAX_ROW_TILE}
+_ROWS_CASES = ("plain", *ROWS_CASES)
 ROWS: dict[str, dict[str, RowsConfig]] = {
-    "sm_80": {"plain": _LARGE_ROWS, "rotated": _LARGE_ROWS, "rotated_long": _LARGE_ROWS},
-    "sm_89": {"plain": _LARGE_ROWS, "rotated": _LARGE_ROWS, "rotated_long": _LARGE_ROWS},
+    "sm_80": dict.fromkeys(_ROWS_CASES, _LARGE_ROWS),
+    "sm_89": dict.fromkeys(_ROWS_CASES, _LARGE_ROWS),
     "sm_90": {
         "plain": _SMALL_ROWS,
-        "rotated": RowsConfig(64, 4, 3, True, True, 4),
-        "rotated_long": RowsConfig(128, 8, 2, True, True, 2),
+        "rotated": RowsConfig(32, 1, 3, False, True, width=32),
+        "rotated_64": RowsConfig(64, 2, 3, False, True, width=32),
+        "rotated_128": RowsConfig(128, 4, 3, False, True, width=32),
     },
-    "sm_100": dict.fromkeys(
-        ("plain", "rotated", "rotated_long"), RowsConfig(128, 8, 2, False, False)
-    ),
-    "sm_120": {"plain": _ROWS, "rotated": _ROWS, "rotated_long": _ROWS},
-    "fallback": dict.fromkeys(
-        ("plain", "rotated", "rotated_long"), RowsConfig(64, 4, 2, False, False)
-    ),
+    "sm_100": dict.fromkeys(_ROWS_CASES, _UNORDERED_ROWS),
+    "sm_120": dict.fromkeys(_ROWS_CASES, _ROWS),
+    "fallback": dict.fromkeys(_ROWS_CASES, RowsConfig(64, 4, 2, False, False)),
 }
 ROWS_RACED: dict[str, tuple[RowsConfig, ...]] = {
     "sm_90": (
-        RowsConfig(64, 4, 2, True, True, 3),
-        _ROWS,
-        _LARGE_ROWS,
-        RowsConfig(128, 8, 2, True, False, 2),
-        RowsConfig(128, 4, 2, True, True, 2),
+        RowsConfig(64, 4, 3, True, True, 4),
+        RowsConfig(128, 8, 2, True, True, 2),
+        RowsConfig(128, 4, 3, False, True, width=64),
+        RowsConfig(64, 2, 3, False, True, width=64),
+        RowsConfig(32, 2, 2, True, True, 8, width=32),
+        RowsConfig(128, 8, 1, True, True, 2, width=32),
+        RowsConfig(128, 8, 2, False, False, width=32),
     ),
 }
 _ONE = PassConfig(1, 8, 2)
@@ -159,52 +176,82 @@ TILES_RACED: dict[str, tuple[TilesConfig, ...]] = {
 CHAIN_ROWS: dict[str, tuple[RowsConfig, RowsConfig]] = {
     "sm_80": (_LARGE_ROWS, _LARGE_ROWS),
     "sm_89": (_LARGE_ROWS, _LARGE_ROWS),
-    "sm_90": (RowsConfig(64, 4, 2, True, True, 2), RowsConfig(128, 8, 2, True, True, 1)),
-    "sm_100": (RowsConfig(128, 8, 2, False, False), RowsConfig(128, 8, 2, False, False)),
+    "sm_90": (
+        RowsConfig(128, 8, 2, False, True, width=32),
+        RowsConfig(128, 8, 2, False, True, width=32),
+    ),
+    "sm_100": (_UNORDERED_ROWS, _UNORDERED_ROWS),
     "sm_120": (_ROWS, _ROWS),
     "fallback": (RowsConfig(64, 4, 2, False, False), RowsConfig(64, 4, 2, False, False)),
 }
 CHAIN_ROWS_RACED: dict[str, tuple[RowsConfig, ...]] = {
     "sm_90": (
-        _LARGE_ROWS,
-        RowsConfig(64, 4, 2, False, True),
-        RowsConfig(128, 16, 2, False, True),
-        RowsConfig(128, 8, 1, True, True, 2),
-        RowsConfig(128, 8, 2, True, False, 1),
+        RowsConfig(64, 4, 2, True, True, 2),
+        RowsConfig(128, 8, 2, True, True, 1),
+        RowsConfig(32, 2, 2, False, True, width=32),
+        RowsConfig(128, 16, 2, False, True, width=32),
+        RowsConfig(128, 8, 2, False, True, width=64),
+        RowsConfig(128, 8, 1, True, True, 2, width=32),
     ),
 }
-# Passes by the number of sides that a kernel makes. 128 registers a thread let two programs share
-# an SM; with more than two sides they are enough for one tile a program, with an fp32 output for
-# none.
-_ONE_128_REGISTERS = PassConfig(1, 8, 1, maxnreg=128)
-_CHAIN_CASES = ("one", "two", "more", "fp32")
-_CHAIN_ONE = ChainConfig(64, _ONE, _ONE)
-_CHAIN_UNORDERED = ChainConfig(64, _ONE, _ONE, fragment_order=False)
-CHAIN_TILES: dict[str, dict[str, ChainConfig]] = {
-    "sm_80": dict.fromkeys(_CHAIN_CASES, _CHAIN_ONE),
-    "sm_89": dict.fromkeys(_CHAIN_CASES, _CHAIN_ONE),
+# Columns by butterflies. Ladders: the first configuration that gives every SM a program.
+_SMALL_COLUMNS = ColumnsConfig(
+    VectorsConfig(128, 64, 2, literal=False), VectorsConfig(128, 64, 2, 64, literal=False)
+)
+_COLUMNS = (
+    ColumnsConfig(VectorsConfig(256, 256, 4), VectorsConfig(128, 128, 2, 128, backward=True)),
+    _SMALL_COLUMNS,
+)
+# One that computes has fewer columns a thread.
+_CHAIN_COLUMNS = (
+    ColumnsConfig(VectorsConfig(256, 128, 4), VectorsConfig(128, 128, 4, 64, backward=True)),
+    ColumnsConfig(
+        VectorsConfig(128, 32, 2, literal=False), VectorsConfig(128, 64, 4, 64, literal=False)
+    ),
+)
+# Of three outputs or more.
+_WIDE_CHAIN_COLUMNS = (
+    ColumnsConfig(VectorsConfig(256, 128, 8), VectorsConfig(128, 128, 4, 64, backward=True)),
+    ColumnsConfig(
+        VectorsConfig(128, 32, 4, literal=False), VectorsConfig(128, 64, 4, 64, literal=False)
+    ),
+)
+_ANY_COLUMNS: dict[str, tuple[ColumnsConfig, ...]] = dict.fromkeys(
+    ("short", "long", "chain"), _CHAIN_COLUMNS
+)
+_ANY_COLUMNS |= {"wide_chain": _WIDE_CHAIN_COLUMNS}
+COLUMNS: dict[str, dict[str, tuple[ColumnsConfig, ...]]] = {
+    **dict.fromkeys(("sm_80", "sm_89", "sm_100", "sm_120", "fallback"), _ANY_COLUMNS),
     "sm_90": {
-        "one": ChainConfig(64, _FOUR, _FOUR),
-        "two": ChainConfig(64, PassConfig(4, 8, 1, maxnreg=128), PassConfig(2, 8, 1)),
-        "more": ChainConfig(64, _ONE_128_REGISTERS, _ONE_128_REGISTERS),
-        "fp32": _CHAIN_ONE,
+        "short": _COLUMNS,
+        "long": (
+            ColumnsConfig(
+                VectorsConfig(256, 256, 4), VectorsConfig(128, 128, 2, 64, tokens_first=True)
+            ),
+            *_COLUMNS,
+        ),
+        "chain": _CHAIN_COLUMNS,
+        "wide_chain": _WIDE_CHAIN_COLUMNS,
     },
-    "sm_100": dict.fromkeys(_CHAIN_CASES, _CHAIN_UNORDERED),
-    "sm_120": dict.fromkeys(_CHAIN_CASES, _CHAIN_ONE),
-    "fallback": dict.fromkeys(_CHAIN_CASES, _CHAIN_UNORDERED),
 }
-CHAIN_TILES_RACED: dict[str, tuple[ChainConfig, ...]] = {
+COLUMNS_RACED: dict[str, tuple[ColumnsConfig, ...]] = {
     "sm_90": (
-        _CHAIN_ONE,
-        ChainConfig(128, _ONE, _ONE),
-        ChainConfig(128, PassConfig(4, 8, 1), PassConfig(4, 8, 1)),
-        ChainConfig(64, PassConfig(4, 8, 1), PassConfig(4, 8, 1)),
-        ChainConfig(64, PassConfig(4, 4, 2), PassConfig(4, 4, 2)),
-        ChainConfig(64, PassConfig(2, 8, 1, maxnreg=128), PassConfig(2, 8, 1, maxnreg=128)),
-        ChainConfig(64, PassConfig(4, 16, 1), PassConfig(4, 16, 1)),
-        ChainConfig(64, _FOUR, _FOUR, fragment_order=False),
+        ColumnsConfig(VectorsConfig(128, 256, 2), VectorsConfig(128, 128, 2, 128)),
+        ColumnsConfig(VectorsConfig(256, 512, 4), VectorsConfig(128, 128, 2, 64, backward=True)),
+        ColumnsConfig(
+            VectorsConfig(256, 256, 4, tokens_first=True), VectorsConfig(256, 128, 4, 64)
+        ),
+        ColumnsConfig(
+            VectorsConfig(256, 256, 4, literal=False), VectorsConfig(128, 64, 2, 64, literal=False)
+        ),
+        ColumnsConfig(VectorsConfig(256, 128, 8), VectorsConfig(128, 128, 2, 64, backward=True)),
+        ColumnsConfig(VectorsConfig(128, 128, 2), VectorsConfig(128, 32, 2)),
     ),
 }
+# Elements from which a kernel that is compiled for one row stride pays for that.
+LITERAL_ELEMENTS = 1 << 23
+# Where butterflies beat matrix products for columns; chains take them everywhere.
+BUTTERFLIES = ("sm_90",)
 _SM_80 = (
     MmConfig(128, 128, 64, 8, 3, False),
     MmConfig(64, 128, 64, 4, 3, False),
@@ -253,13 +300,13 @@ MM_PROGRAMS = {"int8": SMS_ASSUMED, "fp8": 120}
 # 128 x 128 tiles in the output, for one scale a tensor and one a row. Row-wise it has no smaller
 # tile and no split, and loses where SMs stay idle.
 LIBRARY_TILES: dict[str, dict[str, int]] = {"sm_90": {"tensorwise": 1, "rowwise": SMS_ASSUMED}}
-LONG_ROW_GROUPS = 128
 
 
 def rows_configuration(K: int, rotated: bool, capability: Capability) -> RowsConfig:
     """The table's whole-row configuration for rows of K elements."""
-    long = row_groups(K) >= LONG_ROW_GROUPS
-    case = "plain" if not rotated else "rotated_long" if long else "rotated"
+    case = "plain"
+    if rotated:
+        case = next(name for name, groups in ROWS_CASES.items() if row_groups(K) <= groups)
     return ROWS[_table_key(capability)][case]
 
 
@@ -284,22 +331,35 @@ def chain_rows_configuration(chain: Chain, capability: Capability) -> RowsConfig
     return CHAIN_ROWS[_table_key(capability)][min(matrices, 2) - 1]
 
 
-def chain_configuration(chain: Chain, sides: int, capability: Capability) -> ChainConfig:
-    """The table's configuration of the passes that make this many sides of a chain's outputs."""
-    case = _CHAIN_CASES[min(sides, 3) - 1]
-    if any(each.dtype == "fp32" for each in chain.outputs):
-        case = "fp32"
-    return CHAIN_TILES[_table_key(capability)][case]
+def columns_configuration(
+    T: int, K: int, outputs: int | None, capability: Capability
+) -> ColumnsConfig:
+    """The first of the table's ladder whose maxima fill the SMs; the last if none does. `outputs`:
+    of the chain that makes the matrices, if one does."""
+    case = "long" if row_groups(K) == MAX_ROW_TILE else "short"
+    if outputs is not None:
+        case = "chain" if outputs <= 2 else "wide_chain"
+    ladder = COLUMNS[_table_key(capability)][case]
+    for config in ladder:
+        if -(-K // config.amax.columns) * -(-T // config.amax.tokens) >= SMS_ASSUMED:
+            return config
+    return ladder[-1]
+
+
+def butterflies_win(capability: Capability) -> bool:
+    """Whether columns in blocks of at most VECTORS tokens are rotated by additions."""
+    return _table_key(capability) in BUTTERFLIES
+
+
+def columns_candidates(capability: Capability) -> tuple[ColumnsConfig, ...]:
+    key = _table_key(capability)
+    ladders = [config for ladder in COLUMNS[key].values() for config in ladder]
+    return tuple(dict.fromkeys((*ladders, *COLUMNS_RACED.get(key, ()))))
 
 
 def chain_rows_candidates(capability: Capability) -> tuple[RowsConfig, ...]:
     key = _table_key(capability)
     return tuple(dict.fromkeys((*CHAIN_ROWS[key], *CHAIN_ROWS_RACED.get(key, ()))))
-
-
-def chain_candidates(capability: Capability) -> tuple[ChainConfig, ...]:
-    key = _table_key(capability)
-    return tuple(dict.fromkeys((*CHAIN_TILES[key].values(), *CHAIN_TILES_RACED.get(key, ()))))
 
 
 def scaled_mm_configuration(
@@ -325,15 +385,18 @@ def library_is_faster(M: int, N: int, tensorwise: bool, capability: Capability) 
     return tiles >= least["tensorwise" if tensorwise else "rowwise"]
 
 
-def both_layouts_in_one(capability: Capability, input_bytes: int, one_matrix: bool) -> bool:
+def both_layouts_in_one(
+    capability: Capability, input_bytes: int, one_matrix: bool, butterflies: bool
+) -> bool:
     """Whether one kernel should make both layouts, rather than the row kernel and then the column
-    passes.
+    passes. `butterflies`: rows or columns are rotated with a scale each.
 
     Two different rotation matrices leave room for one program an SM only: on Hopper 0.22 ms, beside
-    0.18 ms for two calls and 0.16 ms with one matrix (16384 x 4096). The 99 KiB of sm_86, 89 and
-    120 cannot hold the tile; on sm_100 triton 3.7 emits an empty kernel for fp32.
+    0.18 ms for two calls and 0.16 ms with one matrix (16384 x 4096); rows by a small matrix and
+    columns by butterflies take 0.15 ms. The 99 KiB of sm_86, 89 and 120 cannot hold the tile; on
+    sm_100 triton 3.7 emits an empty kernel for fp32.
     """
-    if not one_matrix:
+    if not one_matrix or (butterflies and butterflies_win(capability)):
         return False
     if capability in ((8, 0), (9, 0)):
         return True

@@ -49,14 +49,25 @@ class Layouts:
     def reads(self) -> int:
         """How often the quantizers read the matrix: per-row scales need one pass over whole rows;
         other scales a pass for the maxima and one that writes codes. Both layouts share their
-        passes unless their rotations differ."""
+        passes unless their rotations differ, or whole rows are rotated faster alone."""
         rows, columns = (Encoding.parse(text) if text else None for text in self.encodings)
         alone = 0 if rows is None else 2 if rows.granularity == PER_TENSOR else 1
         if columns is None:
             return alone
         together = len(self.quantizers) == 1 and rows is not None
-        shared = together and rows is not None and rows.rotation in (None, columns.rotation)
-        return 2 if shared else alone + 2
+        if not together or rows is None or rows.rotation not in (None, columns.rotation):
+            return alone + 2
+        per_tensor = PER_TENSOR in (rows.granularity, columns.granularity)
+        return 2 if per_tensor or columns.rotation is None else alone + 2
+
+
+def _fused_reads(output: Layouts) -> tuple[int, int] | None:
+    """How often a chain's kernels need the output: together with others for the maxima of columns,
+    and alone. None if they must read its value, as for one scale a tensor."""
+    rows, columns = (Encoding.parse(text) if text else None for text in output.encodings)
+    if any(each is not None and each.granularity == PER_TENSOR for each in (rows, columns)):
+        return None
+    return int(columns is not None), (rows is not None) + (columns is not None)
 
 
 def weigh(
@@ -66,9 +77,10 @@ def weigh(
 
     Unfused, a compiler's kernel reads the chain's matrices, except those that some other pointwise
     op or reduction has it read anyway, and writes each output, which its quantizers then read.
-    Fused, whole rows need one pass over the matrices; other layouts two, of which the second may
-    read outputs that the first wrote. An output that others read too is written; those of them
-    that the compiler would have fused with it now read it.
+    Fused, whole rows need one pass over the matrices and columns two, that for the maxima shared
+    by all outputs; or the first pass writes the outputs, which later ones read. An output that
+    others read too is written; those of them that the compiler would have fused with it now read
+    it.
     """
     matrices = found.matrices()
     made = [width(output.root) for output in outputs]
@@ -78,10 +90,15 @@ def weigh(
     )
     read = sum(map(width, matrices))
     written = sum(size for size, keep in zip(made, kept, strict=True) if keep)
-    if len(outputs) == 1 and outputs[0].reads == 1:
-        fused = read + written
-    else:
-        fused = read + min(read + written, 2 * sum(made))
+    passes = [_fused_reads(output) for output in outputs]
+    after = [
+        output.reads if each is None else each[1]
+        for output, each in zip(outputs, passes, strict=True)
+    ]
+    fused = read + sum(size * (1 + count) for size, count in zip(made, after, strict=True))
+    if None not in passes:
+        again = max(each[0] for each in passes if each) + sum(after)
+        fused = min(fused, again * read + written)
     others = sum(
         size
         for size, output in zip(made, outputs, strict=True)

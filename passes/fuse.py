@@ -34,7 +34,7 @@ from hadagraph.traffic import Layouts, weigh
 
 GEMMS = (ops.scaled_mm, ops.scaled_mm_measured)
 MAX_MATRICES = 4
-MAX_OUTPUTS = 2
+MAX_OUTPUTS = 3
 """What a chain's kernel keeps in registers: more matrices or outputs leave no room for a tile."""
 
 
@@ -91,11 +91,12 @@ class _Fuser:
         joined: dict[tuple[int, int], Candidate | str] = {}
 
         def gain(pair: tuple[int, int]) -> int:
-            """What a join saves beyond its parts; negative unless it is worth it."""
+            """What a join saves beyond its parts; negative unless it is worth it. One that saves
+            nothing may with a third."""
             if pair not in joined:
                 joined[pair] = self._candidate([*groups[pair[0]], *groups[pair[1]]])
             together = joined[pair]
-            if not isinstance(together, Candidate) or together.saved <= 0:
+            if not isinstance(together, Candidate) or together.saved < 0:
                 return -1
             return together.saved - sum(_saved(plans[part]) for part in pair)
 

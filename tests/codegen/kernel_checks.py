@@ -125,6 +125,10 @@ CHAINS = {
     "silu_mul_backward": "in bf16 matrix; in bf16 matrix; in bf16 matrix; sigmoid %1; mul %1 %3; "
     "cast_bf16 %4; mul %0 %5; mul %0 %2; cast_bf16 %7; sub 1.0 %3; mul %1 %9; add %10 1.0; "
     "mul %3 %11; mul %8 %12; out %13 bf16; out %6 bf16",
+    # the same, and silu(gate) * up again
+    "silu_mul_three": "in bf16 matrix; in bf16 matrix; in bf16 matrix; sigmoid %1; mul %1 %3; "
+    "cast_bf16 %4; mul %0 %5; mul %0 %2; cast_bf16 %7; sub 1.0 %3; mul %1 %9; add %10 1.0; "
+    "mul %3 %11; mul %8 %12; mul %5 %2; out %13 bf16; out %6 bf16; out %14 bf16",
     "rms_norm": "in bf16 matrix; in fp32 rows; in bf16 columns; mul %0 %1; cast_bf16 %3; "
     "mul %4 %2; out %5 bf16",
     "gelu_tanh": "in fp16 matrix; mul %0 %0; mul %0 %1; mul %2 0.044715; add %0 %3; "

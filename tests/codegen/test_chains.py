@@ -12,7 +12,7 @@ import torch
 from kernel_checks import CHAINS, chain_inputs, check_chain
 
 from hadagraph.codegen import launch, tune
-from hadagraph.codegen.choose_chains import ChainSchedule, schedule_bytes, schedules, wanted_of
+from hadagraph.codegen.choose_chains import ChainSchedule, restricted, select_chain, wanted_of
 from hadagraph.region import Chain
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,27 +32,42 @@ def test_interpreter_process():
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-def bytes_of(name: str, row: str, column: str, value: bool) -> tuple[ChainSchedule, float]:
-    """The schedule taken, and the bytes that it moves for one element of each output."""
+def bytes_of(name: str, row: str, column: str, value: bool) -> tuple[bool, float]:
+    """Whether outputs are stored first, and the bytes moved for one element of each output."""
     chain = Chain.parse(CHAINS[name])
     count = len(chain.outputs)
     wanted = wanted_of([row] * count, [column] * count, [value] * count)
-    first = schedules(chain, wanted)[0]
-    return first, schedule_bytes(chain, wanted, first)
+    T, K = 1 << 14, 1 << 12
+    plan = select_chain(T, K, chain, wanted, SM90)
+    stored = plan.first is not None and any(plan.first.spec.values)
+    assert len(plan.specs) == len(plan.rows) + len(plan.columns) + (plan.first is not None)
+    return stored, round(plan.bytes(T, K) / (T * K), 1)
 
 
 def test_the_schedule_moves_the_fewest_bytes():
-    whole, passes = ChainSchedule(True, False), ChainSchedule(False, False)
-    stored = ChainSchedule(False, True)
     # silu(gate) * up: reads 4 bytes, its value takes 2
-    assert bytes_of("silu_mul", ROTATED, "", False) == (whole, 4 + 1)
-    assert bytes_of("silu_mul", ROTATED, "", True) == (whole, 4 + 1 + 2)
-    assert bytes_of("silu_mul", "", H32, False) == (passes, 4 + 4 + 1)
-    assert bytes_of("silu_mul", "", H32, True) == (stored, 4 + 2 + 2 + 1)
-    # its backward: 6 bytes, two values of 2
-    assert bytes_of("silu_mul_backward", ROTATED, H32, False) == (passes, 6 + 6 + 4)
-    assert bytes_of("silu_mul_backward", ROTATED, H32, True) == (stored, 6 + 4 + 4 + 4)
-    assert bytes_of("rms_norm", ROTATED, H32, False) == (passes, 2 + 2 + 2)
+    assert bytes_of("silu_mul", ROTATED, "", False) == (False, 4 + 1)
+    assert bytes_of("silu_mul", ROTATED, "", True) == (False, 4 + 1 + 2)
+    assert bytes_of("silu_mul", "", H32, False) == (False, 4 + (4 + 1))
+    assert bytes_of("silu_mul", "", H32, True) == (True, 4 + 2 + (2 + 1))
+    assert bytes_of("silu_mul", ROTATED, H32, False) == (True, 4 + 2 + 2 * (2 + 1))
+    # its backward: 6 bytes, two values of 2; grad_up needs 4 bytes only
+    assert bytes_of("silu_mul_backward", ROTATED, "", False) == (False, (6 + 1) + (4 + 1))
+    assert bytes_of("silu_mul_backward", "", H32, False) == (True, 6 + 4 + 2 * (2 + 1))
+    for value in (False, True):
+        stored = (True, 6 + 4 + 4 * (2 + 1))
+        assert bytes_of("silu_mul_backward", ROTATED, H32, value) == stored
+    assert bytes_of("rms_norm", ROTATED, H32, False) == (False, (2 + 1) + 2 + (2 + 1))
+
+
+def test_what_an_output_needs_of_a_chain():
+    chain = Chain.parse(CHAINS["silu_mul_backward"])
+    up = "in bf16 matrix; in bf16 matrix; sigmoid %1; mul %1 %2; cast_bf16 %3; mul %0 %4; "
+    assert restricted(chain, [1]) == (Chain.parse(up + "out %5 bf16"), (0, 1))
+    assert restricted(chain, [0, 1]) == (chain, (0, 1, 2))
+    # a matrix is read even if no output needs it: it has their shape
+    broadcast = Chain.parse("in bf16 matrix; in fp32 rows; neg %1; out %2 bf16; out %0 bf16")
+    assert restricted(broadcast, [0])[1] == (0, 1)
 
 
 @interpreter
@@ -74,15 +89,15 @@ def test_chains_of_odd_shapes(T, K):
 
 @interpreter
 @pytest.mark.parametrize("values", [False, True])
-@pytest.mark.parametrize("whole_rows", [False, True])
 @pytest.mark.parametrize("stored", [False, True])
-def test_chain_schedules(stored, whole_rows, values):
+def test_chain_schedules(stored, values):
     text = ROTATED if values else PLAIN
-    schedule = ChainSchedule(whole_rows, stored)
+    schedule = ChainSchedule(stored)
     check_chain("add", 40, 140, [(text, H32)], "cpu", SM90, values=values, schedule=schedule)
-    if not whole_rows:
-        layouts = [(text, ROTATED), ("int8/per_tensor/h16", "int8/per_tensor")]
-        check_chain("two_dtypes", 40, 140, layouts, "cpu", SM90, values=values, schedule=schedule)
+    layouts = [(text, ROTATED), ("int8/per_tensor/h16", "int8/per_tensor")]
+    check_chain("two_dtypes", 40, 140, layouts, "cpu", SM90, values=values, schedule=schedule)
+    layouts = [(text, PLAIN), ("int8/per_kept_index/h16:fixed(3)", "int8/per_kept_index/h16")]
+    check_chain("two_dtypes", 40, 140, layouts, "cpu", SM90, values=values, schedule=schedule)
 
 
 @interpreter
@@ -92,10 +107,12 @@ def test_chain_outputs_in_unlike_layouts():
 
 
 @interpreter
-@pytest.mark.parametrize("index", range(len(tune.chain_candidates(SM90))))
-def test_chain_configurations(index):
-    config = tune.chain_candidates(SM90)[index]
+@pytest.mark.parametrize("index", range(len(tune.columns_candidates(SM90))))
+def test_chain_column_configurations(index, monkeypatch):
+    monkeypatch.setattr("hadagraph.codegen.choose.LITERAL_ELEMENTS", 1)
+    config = tune.columns_candidates(SM90)[index]
     check_chain("two_dtypes", 70, 136, [(ROTATED, H32)], "cpu", SM90, config=config)
+    check_chain("add", 70, 136, [("", H32)], "cpu", SM90, config=config, strided=True)
 
 
 @interpreter
@@ -124,10 +141,11 @@ def test_chains_keep_what_is_not_finite():
 def test_the_sources_that_run_are_listed(column):
     text = CHAINS["rms_norm"]
     inputs = chain_inputs(text, 40, 200, exact=False)
-    arguments = (inputs, text, ["int8/per_kept_index/h16"], [column], [False])
+    row = f"int8/per_kept_index/{'h64' if column else 'h16'}"
+    arguments = (inputs, text, [row], [column], [False])
     before = launch.emitted_sources()
     listed = launch.sources_for("quantize_chain", arguments, SM90)
-    assert len(listed) == (2 if column else 1)
+    assert len(listed) == (3 if column else 1)
     assert not before.keys() & listed.keys()
     launch.quantize_chain(*arguments, SM90)
     assert launch.emitted_sources() == before | listed
@@ -141,6 +159,3 @@ def test_what_a_chain_refuses():
         launch.quantize_chain([x, x.float()], add, [ROTATED], [""], [False], SM90)
     with pytest.raises(ValueError, match="every output must be wanted"):
         launch.quantize_chain([x, x], add, [""], [""], [True], SM90)
-    schedule = ChainSchedule(whole_rows=True, stored=False)
-    with pytest.raises(ValueError, match="schedule must be one of"):
-        launch.quantize_chain([x, x], add, [""], [PLAIN], [False], SM90, None, schedule)

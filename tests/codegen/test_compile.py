@@ -18,6 +18,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from hadagraph.codegen import tune
 from hadagraph.codegen.choose import select_scaled_mm
+from hadagraph.codegen.emit import emit
 from hadagraph.codegen.listing import specs_for
 from hadagraph.codegen.spec import GluonMmSpec, KernelSpec
 from hadagraph.codegen.store import kernel_module
@@ -40,7 +41,7 @@ SHARED_LIMIT = {
     (10, 0): 232448,
     (12, 0): 101376,
 }
-TEXT = "int8/per_kept_index/h128"
+TEXT, H32 = "int8/per_kept_index/h128", "int8/per_kept_index/h32"
 
 
 def compiled(spec: KernelSpec, target: GPUTarget | None = None):
@@ -55,22 +56,46 @@ def compiled(spec: KernelSpec, target: GPUTarget | None = None):
     return triton.compile(source, target=target, options=module.OPTIONS)
 
 
+def check_resources(spec: KernelSpec, *, spills: bool = False) -> None:
+    """The kernel uses the target's matrix instruction if it multiplies, fits shared memory, and on
+    Hopper spills nothing unless it may."""
+    kernel = compiled(spec)
+    capability = spec.capability
+    if "tl.dot" in emit(spec):
+        alone = capability == (9, 0) and spec.warps < 4  # wgmma takes groups of four
+        assert ("mma.sync" if alone else INSTRUCTION[capability]) in kernel.asm["ptx"]
+    assert kernel.metadata.shared <= SHARED_LIMIT[capability]
+    if capability == (9, 0) and not spills:
+        assert local_memory(kernel.asm["cubin"]) == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("op", ["quantize_rows", "quantize_both"])
 @pytest.mark.parametrize("capability", INSTRUCTION)
 def test_quantizers(capability, op, dtype):
     x = torch.empty(16384, 4096, dtype=dtype, device="meta")
     texts = [TEXT] * (2 if op == "quantize_both" else 1)
-    for spec in specs_for(op, (x, *texts), capability):
-        kernel = compiled(spec)
-        assert INSTRUCTION[capability] in kernel.asm["ptx"]
-        assert kernel.metadata.shared <= SHARED_LIMIT[capability]
+    specs = specs_for(op, (x, *texts), capability)
+    assert any("tl.dot" in emit(spec) for spec in specs)
+    for spec in specs:
+        check_resources(spec, spills=True)
+
+
+@pytest.mark.parametrize("K", [4096, 8192, 14336])
+def test_hopper_quantizers_spill_nothing(K):
+    x = torch.empty(16384, K, dtype=torch.bfloat16, device="meta")
+    for texts in ((TEXT, H32), ("fp8_e4m3/per_kept_index/h64", "fp8_e4m3/per_kept_index/h32")):
+        specs = specs_for("quantize_both", (x, *texts), (9, 0))
+        assert len(specs) == 3
+        for spec in specs:
+            check_resources(spec)
 
 
 CHAIN_CASES = {
     "silu_mul": (TEXT, ""),
-    "silu_mul_backward": (TEXT, "int8/per_kept_index/h32"),
-    "gelu_tanh": ("", TEXT),
+    "silu_mul_backward": (TEXT, H32),
+    "silu_mul_three": (TEXT, H32),
+    "gelu_tanh": ("", H32),
 }
 
 
@@ -83,13 +108,10 @@ def test_chains(capability, name):
     rows, columns = ([text] * count for text in CHAIN_CASES[name])
     arguments = ([x] * len(chain.inputs), str(chain), rows, columns, [False] * count)
     specs = specs_for("quantize_chain", arguments, capability)
-    assert len(specs) == (1 if name == "silu_mul" else 2)
-    for spec in specs:
-        kernel = compiled(spec)
-        assert INSTRUCTION[capability] in kernel.asm["ptx"]
-        assert kernel.metadata.shared <= SHARED_LIMIT[capability]
-        if capability == (9, 0):
-            assert local_memory(kernel.asm["cubin"]) == 0
+    kernels = {"silu_mul": 1, "silu_mul_backward": 5, "silu_mul_three": 7, "gelu_tanh": 2}
+    assert len(specs) == kernels[name]
+    for spec in dict.fromkeys(specs):
+        check_resources(spec)
 
 
 def local_memory(cubin: bytes) -> int:

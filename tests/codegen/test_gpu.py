@@ -31,6 +31,9 @@ FP8 = FORMATS["fp8_e4m3"].min_capability <= CAPABILITY
 NAMES = ["int8", "fp8_e4m3", "fp8_e5m2"] if FP8 else ["int8"]
 MAIN = ["int8/per_kept_index/h128", "int8/per_kept_index"]
 MAIN += ["fp8_e4m3/per_kept_index", "fp8_e4m3/per_kept_index/h64"] if FP8 else []
+# Columns of these are rotated by butterflies.
+BY_BUTTERFLIES = ["int8/per_kept_index/h32", "int8/per_kept_index/h16", "int8/per_kept_index"]
+BY_BUTTERFLIES += ["fp8_e4m3/per_kept_index/h32", "fp8_e5m2/per_kept_index"] if FP8 else []
 LAYOUTS = ("rows", "columns", "both")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -61,6 +64,41 @@ def test_rows_bitwise_for_every_configuration(index, text):
 def test_long_rows_for_every_configuration(index):
     config = tune.rows_candidates(CAPABILITY)[index]
     check(integers(300, 14336, torch.bfloat16), MAIN[0], "rows", config, exact=True)
+
+
+@pytest.mark.parametrize("index", range(len(tune.rows_candidates(CAPABILITY))))
+def test_rows_of_every_block_and_width(index):
+    config = tune.rows_candidates(CAPABILITY)[index]
+    for block in (16, 32, 64, 128):
+        text = f"int8/per_kept_index/h{block}"
+        for shape in ((37, 2048), (129, 200), (65, 203), (8, 8192)):
+            check(integers(*shape, torch.bfloat16), text, "rows", config, exact=True)
+    for dtype in DTYPES:
+        check(integers(64, 4096, dtype), MAIN[0], "rows", config, exact=True)
+        check(normals(256, 4096, dtype), MAIN[0], "rows", config, exact=False)
+
+
+@pytest.mark.parametrize("text", BY_BUTTERFLIES)
+@pytest.mark.parametrize("index", range(len(tune.columns_candidates(CAPABILITY))))
+def test_columns_bitwise_for_every_configuration(index, text, monkeypatch):
+    config = tune.columns_candidates(CAPABILITY)[index]
+    for least in (1, 1 << 40):  # strides in the source, and not
+        monkeypatch.setattr("hadagraph.codegen.choose.LITERAL_ELEMENTS", least)
+        launch._READY.clear()
+        for T, K in ((1024, 512), (515, 200), (260, 203), (48, 1000)):
+            check(integers(T, K, torch.bfloat16), text, "columns", config, exact=True)
+    launch._READY.clear()
+
+
+@pytest.mark.parametrize("text", BY_BUTTERFLIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_by_butterflies(dtype, text):
+    check(integers(4100, 2056, dtype), text, "columns", exact=True)
+    check(normals(2048, 4096, dtype), text, "columns", exact=False)
+    x = integers(4100, 2056, dtype)
+    x[3, 7], x[50, 100], x[4099, 2055] = float("nan"), float("inf"), -float("inf")
+    x[:, 5] = 0
+    check(x, text, "columns", exact=True)
 
 
 @pytest.mark.parametrize("text", MAIN)
@@ -309,6 +347,7 @@ def test_chains_of_odd_shapes(T, K, layouts):
 @pytest.mark.parametrize("name", ["add", "silu_mul", "silu_mul_backward", "rms_norm"])
 def test_large_chains(name, layouts):
     run_chain(name, 2048, 4096, of_layouts("int8_rotated", layouts), values=False)
+    run_chain(name, 2085, 4104, of_layouts("int8_rotated", layouts), values=False)
 
 
 @pytest.mark.parametrize("name", ["add", "silu_mul"])
@@ -319,12 +358,17 @@ def test_chains_of_long_rows(name):
     run_chain(name, 5, 20000, [(MAIN[1], "")], values=False)
 
 
-@pytest.mark.parametrize("index", range(len(tune.chain_candidates(CAPABILITY))))
-def test_chains_for_every_configuration(index):
-    config = tune.chain_candidates(CAPABILITY)[index]
-    for pair in [(H128, H32), ("", H128), (MAIN[1], H32)]:
-        run_chain("two_dtypes", 515, 200, [pair], config=config)
-    run_chain("silu_mul_backward", 512, 512, [(H128, H32)], config=config)
+@pytest.mark.parametrize("index", range(len(tune.columns_candidates(CAPABILITY))))
+def test_chain_columns_for_every_configuration(index, monkeypatch):
+    config = tune.columns_candidates(CAPABILITY)[index]
+    for least in (1, 1 << 40):
+        monkeypatch.setattr("hadagraph.codegen.choose.LITERAL_ELEMENTS", least)
+        launch._READY.clear()
+        for pair in [(H128, H32), ("", H32), (MAIN[1], MAIN[1])]:
+            run_chain("two_dtypes", 515, 200, [pair], config=config)
+        run_chain("silu_mul_backward", 512, 512, [(H128, H32)], config=config)
+        run_chain("rms_norm", 300, 520, [("", H32)], config=config, strided=True, values=False)
+    launch._READY.clear()
 
 
 @pytest.mark.parametrize("index", range(len(tune.chain_rows_candidates(CAPABILITY))))
@@ -337,14 +381,15 @@ def test_chain_rows_for_every_configuration(index):
 
 @pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("stored", [False, True])
-@pytest.mark.parametrize("whole_rows", [False, True])
-def test_chain_schedules(whole_rows, stored, values):
-    schedule = ChainSchedule(whole_rows, stored)
-    run_chain("add", 300, 520, [(H128, H32)], values=values, schedule=schedule)
-    run_chain("silu_mul", 300, 520, [(H128, H32)], values=values, schedule=schedule)
-    if not whole_rows:
-        layouts = [(H128, H128), ("int8/per_tensor/h16", "int8/per_tensor")]
-        run_chain("two_dtypes", 300, 520, layouts, values=values, schedule=schedule)
+def test_chain_schedules(stored, values):
+    schedule = ChainSchedule(stored)
+    for name in ("add", "silu_mul", "silu_mul_backward"):
+        run_chain(name, 300, 520, [(H128, H32)], values=values, schedule=schedule)
+        run_chain(name, 300, 520, [(H128, "")], values=values, schedule=schedule)
+    layouts = [(H128, H128), ("int8/per_tensor/h16", "int8/per_tensor")]
+    run_chain("two_dtypes", 300, 520, layouts, values=values, schedule=schedule)
+    layouts = [(H128, ""), ("", H32)]
+    run_chain("two_dtypes", 300, 520, layouts, values=values, schedule=schedule)
 
 
 def test_chains_keep_what_is_not_finite():

@@ -30,7 +30,9 @@ interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs under TRITON_INTE
 SM90 = (9, 0)
 LAYOUTS = ("rows", "columns", "both")
 TMA_CONFIG = next(c for c in tune.tiles_candidates(SM90) if c.write.descriptors)
+COLUMNS_CONFIG = tune.columns_configuration(1 << 14, 1 << 12, None, SM90)
 ROTATED, PLAIN = "int8/per_kept_index/h128", "int8/per_kept_index"
+H32, H16 = "int8/per_kept_index/h32", "int8/per_kept_index/h16"
 
 
 @pytest.mark.slow
@@ -49,10 +51,10 @@ def check(x: torch.Tensor, text: str, layouts: str, config: object = None, **bou
 @interpreter
 @pytest.mark.parametrize("layouts", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("text", [ROTATED, PLAIN, "int8/per_tensor/h32"])
+@pytest.mark.parametrize("text", [ROTATED, PLAIN, H32, "int8/per_tensor/h32"])
 def test_dtypes(text, dtype, layouts):
     check(integers(130, 150, dtype), text, layouts, exact=True)
-    if text == ROTATED:
+    if text in (ROTATED, H32):
         check(normals(40, 150, dtype), text, layouts, exact=False)
 
 
@@ -71,12 +73,13 @@ def test_fp8(name, layouts):
 @pytest.mark.parametrize("T", [0, 1, 3, 17, 129])
 @pytest.mark.parametrize("K", [1, 31])
 def test_odd_shapes(T, K, layouts):
-    check(integers(T, K, torch.bfloat16), ROTATED, layouts, exact=True)
+    for text in (ROTATED, H16):
+        check(integers(T, K, torch.bfloat16), text, layouts, exact=True)
 
 
 @interpreter
 @pytest.mark.parametrize("layouts", LAYOUTS)
-@pytest.mark.parametrize("text", [ROTATED, PLAIN])
+@pytest.mark.parametrize("text", [ROTATED, PLAIN, H32])
 def test_special_values(text, layouts):
     x = integers(40, 144, torch.bfloat16)
     x[3, 7], x[30, 100], x[5] = float("nan"), float("inf"), 0
@@ -93,6 +96,7 @@ def test_strides_and_signs(layouts):
     base = integers(60, 80, torch.bfloat16)
     for x in (base.t(), base.t().contiguous().t()):
         check(x, "int8/per_kept_index/h16:fixed(3)", layouts, exact=True)
+        check(x, H16, layouts, exact=True)
 
 
 @interpreter
@@ -126,7 +130,8 @@ def test_rows_read_twice(text):
 @pytest.mark.parametrize("index", range(len(tune.rows_candidates(SM90))))
 def test_rows_configurations(index):
     config = tune.rows_candidates(SM90)[index]
-    check(integers(35, 300, torch.bfloat16), ROTATED, "rows", config, exact=True)
+    for text in (ROTATED, "int8/per_kept_index/h64", H16):
+        check(integers(35, 300, torch.bfloat16), text, "rows", config, exact=True)
 
 
 @interpreter
@@ -135,6 +140,21 @@ def test_tiles_configurations(index):
     config = tune.tiles_candidates(SM90)[index]
     # whole 16 bytes a row: tensor descriptors can address it, and pass its edges
     check(integers(150, 136, torch.bfloat16), ROTATED, "both", config, exact=True)
+
+
+@interpreter
+@pytest.mark.parametrize("index", range(len(tune.columns_candidates(SM90))))
+def test_columns_configurations(index, monkeypatch):
+    """Programs that are cut off at both edges, strides that are written into the source."""
+    monkeypatch.setattr("hadagraph.codegen.choose.LITERAL_ELEMENTS", 1)
+    config = tune.columns_candidates(SM90)[index]
+    check(integers(140, 280, torch.bfloat16)[:, 3:], H32, "columns", config, exact=True)
+
+
+@interpreter
+@pytest.mark.parametrize("text", [H32, H16, PLAIN])
+def test_columns_without_masks(text):
+    check(integers(256, 256, torch.bfloat16), text, "columns", COLUMNS_CONFIG, exact=True)
 
 
 @interpreter

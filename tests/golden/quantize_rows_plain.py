@@ -27,16 +27,16 @@ def quantize_rows_fp8_e4m3_bf16(
 ):
     ROWS: tl.constexpr = 2  # rows of a tile
     GROUPS: tl.constexpr = 32  # runs of 128 columns of a tile
-    tile_row = tl.arange(0, ROWS * GROUPS)  # counts (row, group)
-    column = (tile_row % GROUPS * 128)[:, None] + tl.arange(0, 128)[None, :]
+    run = tl.arange(0, ROWS * GROUPS)  # counts (row, group)
+    column = (run % GROUPS * 128)[:, None]  # the first of the run
+    i = tl.arange(0, 128)
     tile = tl.program_id(0)
-    row = tile * ROWS + tile_row // GROUPS
-    x_row_ptr = x_ptr + row.to(tl.int64)[:, None] * x_stride
-    codes_row_ptr = codes_ptr + row.to(tl.int64)[:, None] * codes_stride
-    x = tl.load(x_row_ptr + column)  # [ROWS * GROUPS, 128]
-    y = x.to(tl.float32)
-    magnitude = y.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    group_bits = tl.max(magnitude, axis=1)  # [ROWS * GROUPS]
+    row = tile * ROWS + run // GROUPS
+    x_ptrs = x_ptr + row.to(tl.int64)[:, None] * x_stride + column + i[None, :]
+    x0 = tl.load(x_ptrs)  # [ROWS * GROUPS, 128]
+    y0 = x0.to(tl.float32)
+    largest = y0.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    group_bits = tl.max(largest, axis=1)  # [ROWS * GROUPS]
     bits = tl.max(tl.reshape(group_bits, (ROWS, GROUPS)), axis=1)  # [ROWS]
     row_finite = bits < 0x7F800000
     row_amax = tl.maximum(bits.to(tl.float32, bitcast=True), 7.888609052210118e-31)
@@ -47,8 +47,10 @@ def quantize_rows_fp8_e4m3_bf16(
     tl.store(scale_ptr + scale_row, row_scale)
     inverse = tl.reshape(tl.broadcast_to(row_inverse[:, None], (ROWS, GROUPS)), (ROWS * GROUPS,))[:, None]
     finite = tl.reshape(tl.broadcast_to(row_finite[:, None], (ROWS, GROUPS)), (ROWS * GROUPS,))[:, None]
-    codes = tl.where(finite, y * inverse, 0.0).to(tl.float8e4nv)
-    tl.store(codes_row_ptr + column, codes)
+    codes = (y0 * inverse).to(tl.float8e4nv)
+    codes_ptrs = codes_ptr + row.to(tl.int64)[:, None] * codes_stride + column + tl.arange(0, 128)[None, :]
+    tl.store(codes_ptrs, codes, mask=finite)
+    tl.store(codes_ptrs, tl.zeros((ROWS * GROUPS, 128), tl.float32).to(tl.float8e4nv), mask=finite == 0)
 
 
 if __name__ == "__main__":  # compiles without a GPU and prints the assembly
