@@ -205,6 +205,8 @@ def draw(content: dict[str, Any], png: Path) -> None:
         bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
     idle = [max(e["wall_ms"] - e["gpu_ms"], 0) for e in measured.values()]
     bars.bar(list(measured), idle, 0.6, bottom=bottom, label="idle", color="#eeeeee")
+    names = [name.replace(" ", "\n").replace("_", "\n", name.count("_") - 1) for name in measured]
+    bars.set_xticks(range(len(names)), names)
     bars.set_ylabel("ms a step")
     bars.set_title(f"Step time by kind, {content['device']}")
     bars.legend(fontsize="small", loc="upper right", bbox_to_anchor=(1.0, 1.0))
