@@ -137,6 +137,11 @@ def _check(inputs: Sequence[Tensor], chain: Chain) -> tuple[int, int]:
     """T and K. ValueError names the input that isn't what the chain says."""
     matrices = [x for x, each in zip(inputs, chain.inputs, strict=True) if each.shape == MATRIX]
     T, K = matrices[0].shape
+    for index, given in enumerate(inputs):
+        if given.device != matrices[0].device:
+            raise ValueError(
+                f"quantize_chain: input {index} must be on {matrices[0].device}, got {given.device}"
+            )
     elements = {"matrix": T * K, "rows": T, "columns": K, "scalar": 1}
     for index, (given, each) in enumerate(zip(inputs, chain.inputs, strict=True)):
         expected = CHAIN_DTYPES[each.dtype], elements[each.shape]

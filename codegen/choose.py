@@ -226,6 +226,10 @@ def column_write_spec(
     )
 
 
+SECOND_GRID_DIM = 65535
+"""Programs along the second dim of a grid, at most (CUDA C++ Programming Guide, 16.2)."""
+
+
 def pass_fields(
     T: int, K: int, strides: Sequence[int], config: VectorsConfig, capability: Capability
 ) -> dict[str, Any]:
@@ -235,7 +239,7 @@ def pass_fields(
         "columns": config.columns,
         "tokens": config.tokens,
         "strides": tuple(strides) if literal else None,
-        "tokens_first": config.tokens_first,
+        "tokens_first": config.tokens_first or -(-T // config.tokens) > SECOND_GRID_DIM,
         "backward": config.backward,
         "mask_tokens": T % config.tokens != 0,
         "mask_columns": K % config.columns != 0,

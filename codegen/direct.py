@@ -251,12 +251,13 @@ def empty(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Te
 
 def zero_words(count: int, device: torch.device) -> Tensor:
     """int32 zeros [count] on the current device, by one memset on the current stream."""
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip is not None:
         return torch.zeros(count, dtype=torch.int32, device=device)
     words = empty_strided_cuda((count,), (1,), torch.int32)
     status = _memset()(words.data_ptr(), 0, count, _stream_of()(words.get_device()))
-    if status != 0:
-        raise RuntimeError(f"cuMemsetD32Async of {count} words failed with CUDA error {status}")
+    if status != 0:  # a thread that has no CUDA context yet; torch makes it one
+        log.debug("cuMemsetD32Async failed with CUDA error %s: zeroed by torch", status)
+        words.zero_()
     return words
 
 

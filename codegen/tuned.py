@@ -81,6 +81,7 @@ def _choice(row: dict[str, Any]) -> MmChoice:
 def keep_winners(device_name: str, won: Winners) -> Path:
     """Adds to the device's file and to this process; returns the path. Launches that are ready keep
     their configuration."""
+    winners_on.cache_clear()  # another process may have tuned meanwhile
     every = winners_on(device_name) | won
     rows = [{"problem": asdict(p), "choice": asdict(choice)} for p, choice in every.items()]
     path = winners_path(device_name)

@@ -160,8 +160,8 @@ def _operand(given: Any, reader: fx.Node) -> Any:
         if not isinstance(value, (int, float)) or tensor(given).dtype is torch.bool:
             return _UNREADABLE
         return _constant(torch.tensor(value, dtype=tensor(given).dtype).item())
-    if not _has_dtype(given):
-        return _UNREADABLE
+    if not _has_dtype(given) or tensor(given).device != tensor(reader).device:
+        return _UNREADABLE  # a number on the CPU may scale a matrix on the GPU
     if reader.target in RESHAPES:
         return Read(given, MATRIX)
     shape = seen_as(tensor(given).shape, tensor(reader).shape)

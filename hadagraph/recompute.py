@@ -52,13 +52,31 @@ def is_view(node: fx.Node) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target.is_view
 
 
+def changed_inputs(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The graph inputs that the forward changes in place, by an op of the graph or, where
+    AOTAutograd copies the result back outside it, by an output. The backward would find them
+    changed."""
+    described = graph.output_node().meta.get("desc") or ()
+    outside = [d.mutated_input for d in described if hasattr(d, "mutated_input")]
+    inputs = graph.find_nodes(op="placeholder")
+    changed = {node for node in inputs if node.meta.get("desc") in outside}
+    for node in graph.nodes:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            changed.update(n for n in node.all_input_nodes[:1] if n.op == "placeholder")
+    return frozenset(changed)
+
+
 class Recomputation:
     """The question asked of one joint graph. `ignored` are the GEMMs that are about to read codes
     in place of the tensors."""
 
-    def __init__(self, backward: Collection[fx.Node], ignored: Collection[fx.Node]) -> None:
+    def __init__(
+        self, graph: fx.Graph, backward: Collection[fx.Node], ignored: Collection[fx.Node]
+    ) -> None:
         self.backward = backward
         self.ignored = ignored
+        self.changed = changed_inputs(graph)
         self.tagged: set[fx.Node] = set()
 
     def tag(self, nodes: Iterable[fx.Node]) -> None:
@@ -78,6 +96,8 @@ class Recomputation:
         pending = [source]
         while pending:
             node = pending.pop()
+            if node in self.changed:
+                return None
             if node in seen or node.op in ("placeholder", "get_attr"):
                 continue
             seen.add(node)
@@ -105,6 +125,8 @@ class Recomputation:
                 others = [n for n in user.all_input_nodes if n is not current]
                 if not is_cheap(user) or self._is_the_users(user) or user in self.backward:
                     continue
+                if self.changed.intersection(others):
+                    continue
                 if all(n.op == "placeholder" or self.is_there_anyway(n) for n in others):
                     made.append(user)
                     pending += [user] if is_view(user) else []
@@ -131,13 +153,16 @@ class Recomputation:
         return False
 
 
-def copies_of_saved(node: fx.Node, backward: Collection[fx.Node]) -> tuple[fx.Node, ...] | None:
+def copies_of_saved(
+    node: fx.Node, backward: Collection[fx.Node], changed: Collection[fx.Node]
+) -> tuple[fx.Node, ...] | None:
     """The copies and views between a tensor and the graph input, or the operand of an opaque
-    backward op such as attention's (which saves it), that it comes from. None if from neither."""
+    backward op such as attention's (which saves it), that it comes from. None if from neither, or
+    from an input that is `changed` in place."""
     chain: list[fx.Node] = []
     while True:
         if node.op == "placeholder":
-            return tuple(chain)
+            return None if node in changed else tuple(chain)
         if any(user in backward and _is_opaque_backward(user) for user in _readers(node)):
             return tuple(chain)
         if node.target not in (*VIEWS, *TRANSPOSES, aten.clone.default):
@@ -146,11 +171,12 @@ def copies_of_saved(node: fx.Node, backward: Collection[fx.Node]) -> tuple[fx.No
         node = arguments(node)[0]
 
 
-def from_input(node: fx.Node) -> bool:
-    """Whether a tensor is a graph input behind casts, views and transposes only."""
+def from_input(node: fx.Node, changed: Collection[fx.Node] = ()) -> bool:
+    """Whether a tensor is a graph input, none of those `changed` in place, behind casts, views and
+    transposes only."""
     while node.op == "call_function" and node.target in (*CASTS, *VIEWS, *TRANSPOSES):
         node = arguments(node)[0]
-    return node.op == "placeholder"
+    return node.op == "placeholder" and node not in changed
 
 
 def _is_made_of(node: fx.Node, made: Collection[fx.Node]) -> bool:

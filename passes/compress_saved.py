@@ -6,8 +6,9 @@ backward makes of the saved tensors carries their rounding.
     saved views that cover their base -> the base saved once, its views taken in the backward
 
 Left alone: what is not floating point, small tensors, inputs, what the user gets, what a softmax
-reads or makes (a rounding error there becomes a factor), what the user's checkpointing saves, and
-what opaque operators read, except attention's operands at `min`.
+reads or makes (a rounding error there becomes a factor), what the backward divides by or compares,
+what the user's checkpointing saves, and what opaque operators read, except attention's operands at
+`min`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_ELEMENTS = 1024
 MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, *ops.QUANTIZERS)
 SOFTMAX = (aten.amax.default, torch.ops.prims.prepare_softmax_online.default)
+DELICATE = tuple(
+    getattr(aten, name).default
+    for name in ("reciprocal", "rsqrt", "sqrt", "log", "log1p", "log2", "log10", "sign", "sgn")
+) + tuple(
+    getattr(getattr(aten, name), overload)
+    for name in ("eq", "ne", "lt", "le", "gt", "ge")
+    for overload in ("Scalar", "Tensor")
+)
 NEAR = 8  # pointwise steps; a softmax or a norm takes fewer
 
 
@@ -57,7 +66,8 @@ def _saved(
     """The saved tensors, as (node of the forward, placeholder of the backward)."""
     placeholders = {node.name: node for node in backward.find_nodes(op="placeholder")}
     saved = dict.fromkeys(_tensors(_returned(forward)[num_fwd_outputs:]))
-    return [(node, placeholders[node.name]) for node in saved if node.name in placeholders]
+    pairs = [(node, placeholders[node.name]) for node in saved if node.name in placeholders]
+    return [(node, read) for node, read in pairs if read.users]
 
 
 def _packing(node: fx.Node, read: fx.Node, memory: str) -> Packing | None:
@@ -67,6 +77,8 @@ def _packing(node: fx.Node, read: fx.Node, memory: str) -> Packing | None:
         return None
     if any("ac_graph_id" in near.meta for near in (node, *node.users)) or _is_near_softmax(node):
         return None
+    if _is_delicate(read):
+        return None
     readers = _readers(read)
     opaque = [pair for pair in readers if not _is_ordinary(pair[1])]
     if opaque and not (memory == "min" and all(_is_attention_operand(*pair) for pair in opaque)):
@@ -74,6 +86,39 @@ def _packing(node: fx.Node, read: fx.Node, memory: str) -> Packing | None:
     multiplied = bool(opaque) or any(reader.target in MATMULS for _, reader in readers)
     coarse = memory == "min" and not multiplied and not _is_reduced(node)
     return packing_for(value, FOUR if coarse else EIGHT)
+
+
+def _is_delicate(read: fx.Node) -> bool:
+    """Whether the backward divides by the tensor, compares it, or takes a function of it with a
+    pole or a step: rounding a small value to zero would then cost more than that value. What is
+    summed or multiplied as a matrix first, as in a norm, is not followed."""
+    seen, pending = {read}, [read]
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user.target in DELICATE or _is_below(user, node):
+                return True
+            if user not in seen and is_cheap(user):
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def _is_below(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a node is the divisor, or the base of a power below one or unknown."""
+    if user.target is aten.div.Tensor:
+        return arguments(user)[1] is node and not _is_positive(node)
+    if user.target is aten.pow.Tensor_Scalar:
+        return float(arguments(user)[1]) < 1
+    return user.target is aten.pow.Tensor_Tensor
+
+
+def _is_positive(node: fx.Node) -> bool:
+    """Whether a value stays away from zero whatever it is made of, as SiLU's 1 + exp(-x)."""
+    if node.target is aten.add.Tensor:
+        left, right = arguments(node)[:2]
+        return isinstance(right, (int, float)) and right > 0 and _is_positive(left)
+    return node.target in (aten.exp.default, aten.sigmoid.default)
 
 
 def _is_near_softmax(node: fx.Node) -> bool:
@@ -227,7 +272,10 @@ def _views(node: fx.Node, base: fx.Node) -> list[fx.Node]:
 
 
 def _is_static(view: fx.Node) -> bool:
-    """Whether a view has no other node among its arguments, such as a symbolic size."""
+    """Whether a view has no other node among its arguments, such as a symbolic size, and does not
+    depend on the strides or the bits of its base."""
+    if view.target in (aten.as_strided.default, aten.view.dtype):
+        return False
     return len(view.all_input_nodes) == 1 and not view.kwargs
 
 

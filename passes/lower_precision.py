@@ -11,7 +11,7 @@ quantized once however many GEMMs read it. The only pass that changes numerics.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,7 +73,7 @@ def lower_precision(
     stay = [n for n in gemms(graph) if n not in lowered]
     if memory not in ("balanced", "min"):
         stay = _that_share_an_operand(stay, {use.source for use in uses})
-    recomputation = Recomputation(backward_nodes(graph), {*lowered, *stay})
+    recomputation = Recomputation(graph, backward_nodes(graph), {*lowered, *stay})
     _recompute_operands(stay, recomputation)
     quantized, recomputed = _Quantizer(graph, uses, recomputation).run()
     for node in gemms(graph):
@@ -83,7 +83,7 @@ def lower_precision(
                 site = lowered[node].site
                 name = f"{site.name}:{site.role}" if measure else None
                 result = _scaled_mm(node, left, right, name)
-                if memory == "exact" and _projects_attention(uses_of[node], recomputation.backward):
+                if memory == "exact" and _projects_attention(uses_of[node], recomputation):
                     recomputation.tag(recomputation.sums(node))
                     recomputation.tag(_with_quantizers(result, (left, right)))
             else:
@@ -110,13 +110,14 @@ def _recompute_operands(stay: list[fx.Node], recomputation: Recomputation) -> No
             recomputation.tag(recomputation.chain(source, nbytes(source) // 8) or ())
 
 
-def _projects_attention(uses: list[Use], backward: Collection[fx.Node]) -> bool:
+def _projects_attention(uses: list[Use], recomputation: Recomputation) -> bool:
     """Whether a forward GEMM multiplies attention's output, which the backward has anyway, by a
     parameter. One GEMM of the width squared, repeated, saves the residual stream behind it."""
     x, w = (use.source for use in uses)
-    if uses[0].gemm in backward or from_input(x) or not from_input(w):
+    backward, changed = recomputation.backward, recomputation.changed
+    if uses[0].gemm in backward or from_input(x) or not from_input(w, changed):
         return False
-    return x not in backward and copies_of_saved(x, backward) is not None
+    return x not in backward and copies_of_saved(x, backward, changed) is not None
 
 
 def _with_quantizers(gemm: fx.Node, operands: Iterable[Quantized]) -> list[fx.Node]:
@@ -188,7 +189,7 @@ class _Quantizer:
         get codes: none where it is there anyway, as an input or as what an opaque backward op
         saves; its cast, or the norm or activation function that made it. None: save the codes."""
         if source not in self.chains:
-            chain = copies_of_saved(source, self.backward)
+            chain = copies_of_saved(source, self.backward, self.recomputation.changed)
             if chain is None:
                 codes = nbytes(source) // tensor(source).element_size()
                 chain = self.recomputation.chain(source, codes // 4)

@@ -153,8 +153,15 @@ def _part(
             (uses[0], uses[1]),
         )
         linear = linears.setdefault(decision.site.name, len(linears))
-        candidates.append(Candidate(gemm, decision.site.role, linear, decision.asked))
+        asked = decision.asked or not all(map(_is_known, (*left.shape, *right.shape)))
+        candidates.append(Candidate(gemm, decision.site.role, linear, asked))
     return Part(tuple(candidates)), [node.name for node in nodes]
+
+
+def _is_known(size: int | torch.SymInt) -> bool:
+    """Whether a size had a value when it was traced; one that depends on data had none, and a
+    matmul of it stays as the recipe has it."""
+    return isinstance(size, int) or size.node.has_hint()
 
 
 def _matrix(source: fx.Node, key: int, fused: bool) -> Matrix:

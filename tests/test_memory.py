@@ -195,3 +195,52 @@ def test_training_ends_beside_the_default(memory, most):
     default, compressed = losses(), losses(memory=memory)
     assert default[-1] < 0.6 * default[0]
     assert abs(compressed[-1] - default[-1]) <= most * (default[0] - default[-1])
+
+
+class ChangesItsBuffer(nn.Module):
+    """Reads a buffer by a pointwise chain, then changes it in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.register_buffer("state", torch.linspace(-1, 1, 64)[None])
+
+    def forward(self, x):
+        y = self.linear(torch.relu(x + self.state))
+        self.state.mul_(-3.0)
+        return y.square().mean()
+
+
+@pytest.mark.parametrize("executor", ["eager", "inductor"])
+def test_an_input_changed_in_place_is_not_read_again(executor):
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    models = [ChangesItsBuffer() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[0](x).backward()
+    options = {"executor": executor}
+    torch.compile(models[1], backend="hadagraph", options=options)(x).backward()
+    want, got = (model.linear.weight.grad for model in models)
+    assert decibels(got, want) > 25
+
+
+@pytest.mark.parametrize("memory", ["balanced", "min"])
+@pytest.mark.parametrize("step", [lambda x, h: x / h, lambda x, h: h.abs().sqrt()])
+def test_what_the_backward_divides_by_is_not_rounded(memory, step):
+    class Divides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(256, 256)
+
+        def forward(self, x):
+            return step(x, self.linear(x)).tanh().mean()
+
+    torch.manual_seed(0)
+    model, x = Divides(), torch.randn(64, 256)
+    want = {}
+    for level in ("exact", memory):
+        torch.compiler.reset()
+        model.zero_grad()
+        options = {**EAGER, "memory": level, "min_size": 10000}
+        torch.compile(model, backend="hadagraph", options=options)(x).backward()
+        want[level] = model.linear.weight.grad.clone()
+    assert torch.equal(want[memory], want["exact"])

@@ -12,6 +12,7 @@ import torch
 from kernel_checks import CHAINS, chain_inputs, check_chain
 
 from hadagraph.codegen import launch, tune
+from hadagraph.codegen.choose import pass_fields
 from hadagraph.codegen.choose_chains import ChainSchedule, restricted, select_chain, wanted_of
 from hadagraph.region import Chain
 
@@ -159,3 +160,9 @@ def test_what_a_chain_refuses():
         launch.quantize_chain([x, x.float()], add, [ROTATED], [""], [False], SM90)
     with pytest.raises(ValueError, match="every output must be wanted"):
         launch.quantize_chain([x, x], add, [""], [""], [True], SM90)
+
+
+def test_tall_matrices_have_their_tokens_along_the_first_grid_dim():
+    config = tune.VectorsConfig(128, 64, 2)
+    few, many = (pass_fields(T, 64, (64,), config, (9, 0)) for T in (1 << 20, 10_000_000))
+    assert not few["tokens_first"] and many["tokens_first"]

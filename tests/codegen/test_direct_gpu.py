@@ -176,10 +176,10 @@ def test_zeros_are_zero_on_every_stream():
                 assert not words.any()
 
 
-def test_a_failed_memset_is_an_error(monkeypatch):
+def test_torch_makes_the_zeros_where_the_driver_refuses(monkeypatch):
     failing = ctypes.CFUNCTYPE(
         ctypes.c_int, ctypes.c_uint64, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p
     )
-    monkeypatch.setattr(direct, "_memset", lambda: failing(lambda *arguments: 700))
-    with pytest.raises(RuntimeError, match="CUDA error 700"):
-        direct.zero_words(4, torch.device("cuda", torch.cuda.current_device()))
+    monkeypatch.setattr(direct, "_memset", lambda: failing(lambda *arguments: 201))
+    words = direct.zero_words(4, torch.device("cuda", torch.cuda.current_device()))
+    assert words.tolist() == [0, 0, 0, 0]
