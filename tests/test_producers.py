@@ -175,3 +175,17 @@ def test_chain_text_names_what_is_wrong():
         Chain.parse("in fp32 rows; out %0 fp32")
     with pytest.raises(ValueError, match="exp takes 1 operands, got 2"):
         Chain.parse("in fp32 matrix; exp %0 %0; out %1 fp32")
+
+
+def test_a_number_on_another_device_ends_a_chain():
+    graph = torch.fx.Graph()
+    x, number = graph.placeholder("x"), graph.placeholder("number")
+    x.meta["val"] = torch.empty(T, K, device="meta")
+    number.meta["val"] = torch.tensor(2.0)
+    root = graph.call_function(aten.mul.Tensor, (x, number))
+    root.meta["val"] = torch.empty(T, K, device="meta")
+    output = graph.output((root,))
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    assert grow((root,), {output}, order) is None
+    number.meta["val"] = torch.empty((), device="meta")
+    assert grow((root,), {output}, order) is not None
