@@ -101,7 +101,7 @@ test-fast: $(READY)
 
 test-slow: $(READY)
 	@echo '== slow tests'
-	$(PYTEST) -q -m slow
+	OMP_NUM_THREADS=1 $(PYTEST) -q -n 2 -m slow
 
 $(VENV_TORCH_MIN)/.installed: pyproject.toml
 	@test -x $(VENV_TORCH_MIN)/bin/python || $(PYTHON) -m venv $(VENV_TORCH_MIN)

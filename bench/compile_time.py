@@ -1,5 +1,7 @@
 """How long compiling takes: the first forward and backward of Llama-shaped blocks with Inductor and
-with hadagraph, cold (no cache of any kind) and warm (a new process that finds the caches).
+with hadagraph, cold (no cache of any kind) and warm (a new process that finds the caches). Of
+hadagraph's own kernels also the seconds in compile workers (beside everything else), those that
+launches waited for workers, and those of kernels that were compiled at their launch.
 
     python bench/compile_time.py --out bench/results/compile_time.json
 
@@ -16,10 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from llama_blocks import Blocks, BlockShape
 from record import header, median, save
 from rich.console import Console
@@ -32,8 +36,28 @@ DEFAULT_VARIANTS = (BASELINE, "hadagraph int8_rotated")
 STATES = ("cold", "warm")
 
 
+class EmittedKernels:
+    """Listens to Triton in this process: hadagraph's kernels that a launch had to compile."""
+
+    def __init__(self) -> None:
+        self.compiled, self.seconds = 0, 0.0
+
+    def __call__(self, *, src: Any, times: Any, cache_hit: bool, **_: Any) -> None:
+        folder = Path(src.fn.fn.__code__.co_filename).parent.name
+        if folder == "hadagraph" and not cache_hit:
+            self.compiled += 1
+            self.seconds += times.total * 1e-6
+
+    def found(self) -> dict[str, Any]:
+        from hadagraph.codegen import workers  # here: a first step takes the time of importing it
+
+        return asdict(workers.TOTALS) | {"compiled": self.compiled, "compile_seconds": self.seconds}
+
+
 def child(args: argparse.Namespace) -> None:
     """In a process of its own: print the seconds of the first step, and of a later one."""
+    emitted = EmittedKernels()
+    triton.knobs.compilation.listener = emitted
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = BlockShape(args.width, args.hidden, args.heads, args.kv_heads)
     torch.manual_seed(0)
@@ -52,7 +76,8 @@ def child(args: argparse.Namespace) -> None:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    print(json.dumps({"first_step_s": seconds[0], "later_step_s": seconds[1]}))
+    steps = {"first_step_s": seconds[0], "later_step_s": seconds[1]}
+    print(json.dumps(steps | {"emitted_kernels": emitted.found()}))
 
 
 def fresh_process(name: str, cache: Path, args: argparse.Namespace, layers: int) -> dict[str, Any]:
@@ -94,9 +119,10 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     content = header("compile_time", args) | {"baseline": args.variants[0], "measured": []}
     total = args.rounds * len(STATES) * len(args.variants)
     with Progress(console=console, transient=True) as progress:
-        with tempfile.TemporaryDirectory() as folder:
-            # Not counted: the machine's first process also waits for libraries to be read.
-            fresh_process(args.variants[0], Path(folder), args, layers=1)
+        if torch.cuda.is_available():
+            with tempfile.TemporaryDirectory() as folder:
+                # Not counted: the machine's first process also waits for libraries to be read.
+                fresh_process(args.variants[0], Path(folder), args, layers=1)
         task = progress.add_task("processes", total=total)
         for number in range(args.rounds):
             with tempfile.TemporaryDirectory() as folder:
@@ -115,10 +141,11 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def table(content: dict[str, Any], names: list[str]) -> Table:
-    """Seconds of the first step, cold and warm."""
+    """Seconds of the first step, cold and warm, and of those what emitted kernels took."""
     layers = content["settings"]["layers"]
     shown = Table(title=f"{layers} blocks: seconds of the first step (x {names[0]})")
-    for column in ("", *STATES):
+    columns = [column for state in STATES for column in (state, "emitted kernels")]
+    for column in ("", *columns):
         shown.add_column(column, justify="right" if column else "left")
     for name in names:
         cells = []
@@ -126,8 +153,22 @@ def table(content: dict[str, Any], names: list[str]) -> Table:
             found = content["summary"][state][name]
             ratio = f" ({found['ratio']:.2f})" if found["ratio"] else ""
             cells.append(f"{found['seconds']:.1f}{ratio}" if found["seconds"] else "failed")
+            cells.append(of_emitted(content, name, state))
         shown.add_row(name, *cells)
     return shown
+
+
+def of_emitted(content: dict[str, Any], name: str, state: str) -> str:
+    """What the variant's first round says of emitted kernels; nothing if it had none."""
+    rows = [m for m in content["measured"] if (m["name"], m["state"]) == (name, state)]
+    found = next((m["emitted_kernels"] for m in rows if "emitted_kernels" in m), None)
+    if found is None or not found["kernels"] + found["compiled"]:
+        return ""
+    ahead = f"{found['kernels']} ahead: {found['worker_seconds']:.1f} s"
+    return (
+        f"{ahead}, waited {found['waited_seconds']:.1f} s, "
+        f"{found['compiled']} late: {found['compile_seconds']:.1f} s"
+    )
 
 
 def main() -> None:

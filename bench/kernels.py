@@ -19,11 +19,10 @@ from unittest import mock
 
 import torch
 import triton
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources
 
 from hadagraph import ops
 from hadagraph.codegen import direct, launch, tune
+from hadagraph.codegen.autotune import LOST
 from hadagraph.codegen.choose import in_one_kernel, select_quantize
 from hadagraph.codegen.spec import WIDTH
 from hadagraph.codegen.tuned import MmChoice
@@ -37,7 +36,7 @@ ENCODINGS = {
     "fp8_rowwise": ("fp8_e4m3/per_kept_index",) * 2,
     "fp8_tensorwise": ("fp8_e4m3/per_tensor",) * 2,
 }
-LAUNCH_ERRORS = (RuntimeError, CompilationError, OutOfResources)
+LAUNCH_ERRORS = (RuntimeError, *LOST)
 LAYOUTS = ("rows", "columns", "both")
 GEMM_SHAPES = (
     (8192, 4096, 4096),

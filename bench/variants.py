@@ -18,6 +18,7 @@ def variants() -> dict[str, Compile]:
         BASELINE: torch.compile,
         "torchao tensorwise": torchao_float8("tensorwise"),
         "torchao rowwise": torchao_float8("rowwise"),
+        "hadagraph auto": hadagraph(recipe="auto"),
         "hadagraph int8_rotated": hadagraph(recipe="int8_rotated"),
         "hadagraph int8_rotated_unfused": hadagraph(recipe="int8_rotated", fuse=False),
         "hadagraph int8_rotated_fast": hadagraph(recipe="int8_rotated", memory="fast"),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from rich.progress import Progress
 from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from hadagraph.codegen import launch
 from hadagraph.codegen.choose import DTYPE_NAMES, pingpong_refusal
@@ -28,7 +28,6 @@ from hadagraph.codegen.tuned import (
     TENSORWISE,
     MmChoice,
     MmProblem,
-    Winners,
     keep_winners,
 )
 from hadagraph.compat import spin
@@ -42,7 +41,7 @@ LAUNCHES = 4
 """Between two events, behind a spin that hides what they cost the host."""
 SPIN_CYCLES = 300_000
 # A candidate that does not compile or fit loses; anything else is an error of ours.
-LOST = (CompilationError, OutOfResources)
+LOST = (CompilationError, OutOfResources, PTXASError)
 
 Timer = Callable[[MmProblem, MmChoice], float]
 """(problem, candidate) -> milliseconds. May raise one of LOST, or torch.OutOfMemoryError."""
@@ -71,8 +70,8 @@ def tune_shapes(
 ) -> list[Race]:
     """Races every candidate for out [M, N] over C of each (M, N, C), codes of `format`, `scales`
     one a tensor ("tensorwise") or one a row ("rowwise"), and keeps the winners for the shapes'
-    buckets. Stops after `seconds`, keeping what is finished. Launches made ready before keep their
-    configuration. ValueError on what cannot be raced.
+    buckets, each as soon as it is raced. Stops after `seconds`. Launches made ready before keep
+    their configuration. ValueError on what cannot be raced.
     """
     if scales not in (TENSORWISE, ROWWISE):
         raise ValueError(f"scales must be {TENSORWISE!r} or {ROWWISE!r}, got {scales!r}")
@@ -95,10 +94,10 @@ def tune_shapes(
         task = progress.add_task("racing matmuls", total=len(problems))
         for problem in problems:
             races.append(race(problem, capability, timer, deadline))
+            choice = races[-1].choice
+            if choice is not None:  # kept at once: whatever ends the later ones
+                keep_winners(torch.cuda.get_device_name(where), {problem.bucket(): choice})
             progress.advance(task)
-    won: Winners = {r.problem.bucket(): r.choice for r in races if r.choice is not None}
-    if won:
-        keep_winners(torch.cuda.get_device_name(where), won)
     return races
 
 

@@ -4,24 +4,27 @@ addresses is looked up, checked and kept, so that a launch costs little Python. 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hadagraph.codegen import workers
 from hadagraph.codegen.choose import QuantizePlan
 from hadagraph.codegen.direct import Launch, empty, zero_words
+from hadagraph.codegen.encode_spec import AnySpec
 from hadagraph.codegen.matrices import factor, matrix_on
 from hadagraph.codegen.spec import (
     WIDTH,
     AmaxSpec,
+    BlockScaledMmSpec,
     ColumnAmaxSpec,
     ColumnWriteSpec,
     GluonMmSpec,
-    KernelSpec,
     MmSpec,
     QuantizeRowsSpec,
     QuantizeTilesSpec,
@@ -29,6 +32,7 @@ from hadagraph.codegen.spec import (
 from hadagraph.codegen.store import kernel_module
 from hadagraph.codegen.tune import LibraryMm
 from hadagraph.compat import library_scaled_mm
+from hadagraph.encode import Encoded
 from hadagraph.formats import PER_TENSOR, Encoding, format_named
 from hadagraph.rotation import padded_size
 
@@ -38,10 +42,37 @@ Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 AMAX_ALIGNMENT = 32
 
 
-def launch_of(spec: KernelSpec, grid: tuple[int, ...], integers: tuple[int, ...]) -> Launch:
-    """The spec's kernel, ready for tensors alike in dtype and layout."""
+_NOTED: ContextVar[list[workers.Request] | None] = ContextVar("_NOTED", default=None)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[workers.Request]]:
+    """A context that lists the kernels of the calls which are made ready in it."""
+    requests: list[workers.Request] = []
+    token = _NOTED.set(requests)
+    try:
+        yield requests
+    finally:
+        _NOTED.reset(token)
+
+
+def launch_of(
+    spec: AnySpec,
+    grid: tuple[int, ...],
+    integers: tuple[int, ...],
+    streams: tuple[int, ...] = (),
+) -> Launch:
+    """The spec's kernel, ready for tensors alike in dtype and layout. `streams` follow the integers
+    that its binary depends on."""
     module = kernel_module(spec)
-    return Launch(getattr(module, spec.name), grid, module.OPTIONS, module.SIGNATURE, integers)
+    request = workers.Request(spec, (*integers, *(0 for _ in streams)))
+    noted = _NOTED.get()
+    if noted is not None:
+        noted.append(request)
+    kernel = getattr(module, spec.name)
+    prepare = partial(workers.wait_for, request)
+    arguments = (*integers, *streams)
+    return Launch(kernel, grid, module.OPTIONS, module.SIGNATURE, arguments, prepare)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -251,6 +282,51 @@ def scaled_mm_call(
         return out
 
     return run
+
+
+def block_scaled_mm_call(
+    spec: BlockScaledMmSpec, a: Encoded, b: Encoded, size: int, out_dtype: torch.dtype
+) -> Callable[[Encoded, Encoded, Tensor | None], Tensor]:
+    """(a, b, bias) -> out [M, N], for operands laid out as these; size: what both have along C."""
+    device, M, N = a.codes.device, a.codes.shape[0], b.codes.shape[0]
+    laid = partial(_block_scales, spec, "a"), partial(_block_scales, spec, "b")
+    sizes: tuple[int, ...] = (M, N, size)
+    if not spec.descriptors:
+        sizes = (*sizes, a.codes.stride(0), b.codes.stride(0))
+    sizes = (*sizes, laid[0](a).stride(0), laid[1](b).stride(0))
+    programs = -(-M // spec.block_m) * -(-N // spec.block_n)
+    launch = launch_of(spec, (programs,), sizes)
+
+    def run(a: Encoded, b: Encoded, bias: Tensor | None) -> Tensor:
+        out = empty((M, N), out_dtype, device)
+        blocks = (laid[0](a), laid[1](b))
+        rest = () if bias is None else (bias,)
+        launch(a.codes, b.codes, out, *blocks, a.tensor_scale, b.tensor_scale, *rest)
+        return out
+
+    return run
+
+
+def _block_scales(spec: BlockScaledMmSpec, side: str, encoded: Encoded) -> Tensor:
+    """The block scales of one side, a or b, as its kernel takes them."""
+    scale = encoded.scale
+    if spec.arranged:
+        sides = {"a": (spec.a_tiles, spec.block_m), "b": (spec.b_tiles, spec.block_n)}
+        tiles, rows = sides[side]
+        if tiles:
+            scale = scale[:, None].expand(-1, spec.block, -1).flatten(0, 1)
+        scale = arranged(scale, rows, spec.block_c // spec.block)
+    return scale if spec.scale == "e8m0" else scale.view(torch.float8_e4m3fn)
+
+
+def arranged(scale: Tensor, rows: int, columns: int) -> Tensor:
+    """Block scales [kept, S], bytes, as `tcgen05.cp` copies them to tensor memory: [kept / 128,
+    S / 4 * 512], where 512 bytes hold 4 scales of 128 rows in the order [32, 4, 4] of the row's
+    place in a quarter, the quarter, and the scale. Zeros fill up multiples of `rows`, `columns`."""
+    kept, size = scale.shape
+    padded = torch.nn.functional.pad(scale, (0, -size % columns, 0, -kept % rows))
+    parts = padded.unflatten(1, (-1, 4)).unflatten(0, (-1, 4, 32))
+    return parts.permute(0, 3, 2, 1, 4).flatten(1).contiguous()
 
 
 def library_call(

@@ -23,6 +23,7 @@ from hadagraph.codegen.choose import (
     pass_fields,
     rows_spec,
     select_quantize,
+    tma_addressable,
 )
 from hadagraph.codegen.spec import (
     INPUT_BYTES,
@@ -289,13 +290,13 @@ class _Planner:
     def _tiles(self, output: int, want: Wanted) -> list[TilesStep]:
         rows, columns = want.by_tiles
         dtype = CHAIN_DTYPES[self.chain.outputs[output].dtype]
+        addressable = tma_addressable(self.K, self.K, dtype, True)
+        shape, target = (self.T, self.K, dtype), self.capability
         pairs = [(rows, columns)] if rows or columns else []
         if rows and columns and not in_one_kernel(rows, columns, dtype, self.capability):
             pairs = [(rows, None), (None, columns)]
-        return [
-            TilesStep(select_quantize(self.T, self.K, dtype, *pair, self.capability), output, *pair)
-            for pair in pairs
-        ]
+        plans = [select_quantize(*shape, *pair, target, addressable=addressable) for pair in pairs]
+        return [TilesStep(plan, output, *pair) for plan, pair in zip(plans, pairs, strict=True)]
 
 
 def restricted(chain: Chain, outputs: Sequence[int]) -> tuple[Chain, tuple[int, ...]]:

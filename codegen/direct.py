@@ -39,7 +39,8 @@ Start = Callable[[int, list[Any]], None]
 
 class Launch:
     """One kernel on one grid, for tensors that agree in dtype, shape, strides and device from call
-    to call. `integers` follow the tensors in the kernel's `signature`.
+    to call. `integers` follow the tensors in the kernel's `signature`. `prepare` is called once,
+    before the first launch.
 
     The first launch of 16-byte aligned tensors keeps the binary; while a profiler's launch hooks
     are set, or where a tensor is not aligned, a launch goes through Triton.
@@ -52,9 +53,10 @@ class Launch:
         options: Mapping[str, Any],
         signature: Mapping[str, str],
         integers: tuple[int, ...],
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         self.kernel, self.grid, self.options = kernel, grid, dict(options)
-        self.integers = integers
+        self.integers, self.prepare = integers, prepare
         kinds = list(signature.values())[: len(signature) - len(integers)]
         self.blocks = [Block.of(kind) for kind in kinds]
         self.compiled: Any = None
@@ -81,6 +83,9 @@ class Launch:
 
     def ordinary(self, *tensors: Tensor) -> Any:
         """The launch through Triton; its compiled kernel, or None under the interpreter."""
+        if self.prepare is not None:
+            self.prepare()
+            self.prepare = None
         arguments = [
             tensor if block is None else block.descriptor(tensor)
             for tensor, block in zip(tensors, self.blocks, strict=True)

@@ -6,26 +6,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from hadagraph.codegen.emit_block_scaled import block_scaled_mm_body, codes_a_byte
 from hadagraph.codegen.emit_columns import column_amax_body, column_write_body
+from hadagraph.codegen.emit_decode import decode_body
+from hadagraph.codegen.emit_encode import encode_body
 from hadagraph.codegen.emit_gluon import gluon_mm
 from hadagraph.codegen.emit_matmul import scaled_mm_body
 from hadagraph.codegen.emit_rows import quantize_rows_body
 from hadagraph.codegen.emit_tiles import amax_body, matrix_names, quantize_tiles_body
+from hadagraph.codegen.encode_spec import AMAX, MASK, VALUES, AnySpec, DecodeSpec, EncodeSpec
 from hadagraph.codegen.primitives import SIGNATURE_DTYPES, Lines, indent
 from hadagraph.codegen.spec import (
     WIDTH,
     AmaxSpec,
+    BlockScaledMmSpec,
     ColumnAmaxSpec,
     ColumnPass,
     ColumnWriteSpec,
     GluonMmSpec,
-    KernelSpec,
     QuantizeRowsSpec,
     QuantizeTilesSpec,
     ScaledMmSpec,
 )
 from hadagraph.region import MATRIX, Chain
 
+STREAMS = ("stream", "signs_stream")
+"""Arguments of which every value takes the same binary."""
 TRITON_SOURCE = ("triton.compiler", "ASTSource")
 GLUON_SOURCE = ("triton.experimental.gluon._runtime", "GluonASTSource")
 
@@ -40,7 +46,7 @@ class Kernel:
 
 
 @lru_cache(maxsize=1024)
-def emit(spec: KernelSpec) -> str:
+def emit(spec: AnySpec) -> str:
     """The source text of the kernel that the spec describes: a function of the spec alone."""
     if isinstance(spec, GluonMmSpec):
         return "\n".join([*gluon_mm(spec), "", "", *_main(spec, GLUON_SOURCE)]) + "\n"
@@ -66,7 +72,7 @@ def emit(spec: KernelSpec) -> str:
         "}",
         "",
         "",
-        "@triton.jit",
+        _decorator(kernel),
         f"def {spec.name}(",
         *(f"    {name}," for name, _ in kernel.arguments),
         "):",
@@ -78,7 +84,12 @@ def emit(spec: KernelSpec) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _main(spec: KernelSpec, origin: tuple[str, str]) -> Lines:
+def _decorator(kernel: Kernel) -> str:
+    streams = [name for name, _ in kernel.arguments if name in STREAMS]
+    return f"@triton.jit(do_not_specialize={streams})" if streams else "@triton.jit"
+
+
+def _main(spec: AnySpec, origin: tuple[str, str]) -> Lines:
     """`origin`: module and class of what is compiled."""
     target = spec.capability[0] * 10 + spec.capability[1]
     return [
@@ -229,11 +240,77 @@ def _scaled_mm(spec: ScaledMmSpec) -> Kernel:
     return Kernel(summary, tuple(arguments), scaled_mm_body(spec))
 
 
+def _block_scaled_mm(spec: BlockScaledMmSpec) -> Kernel:
+    arguments, strides = [], []
+    sides = (("a", spec.a_format, spec.block_m), ("b", spec.b_format, spec.block_n))
+    for name, format_name, rows in sides:
+        packed = codes_a_byte(format_name)
+        dtype = SIGNATURE_DTYPES[format_name] if packed == 1 else "u8"
+        if spec.descriptors:
+            tile = f"tensordesc<{dtype}[{rows}, {spec.block_c // packed}]>"
+            arguments += [(f"{name}_descriptor", tile)]
+        else:
+            arguments += [(f"{name}_ptr", f"*{dtype}")]
+            strides += [f"{name}_stride"]
+    scale = "*u8" if spec.scale == "e8m0" else "*fp8e4nv"
+    arguments += [("out_ptr", _pointer(spec.out_dtype))]
+    arguments += [("a_scales_ptr", scale), ("b_scales_ptr", scale)]
+    arguments += [("a_scale_ptr", "*fp32"), ("b_scale_ptr", "*fp32")]
+    if spec.bias_dtype is not None:
+        arguments.append(("bias_ptr", _pointer(spec.bias_dtype)))
+    sizes = ["M", "N", "C", *strides, "a_scales_stride", "b_scales_stride"]
+    arguments += [(name, "i32") for name in sizes]
+    bias = " + bias" if spec.bias_dtype else ""
+    summary = f"out [M, N] = (a [M, C] @ b [N, C]^T, block scales in it) * a_scale * b_scale{bias}."
+    return Kernel(summary, tuple(arguments), block_scaled_mm_body(spec))
+
+
+def _encode(spec: EncodeSpec) -> Kernel:
+    arguments = [("x_ptr", _pointer(spec.input_dtype))]
+    if spec.transformed:
+        arguments += [("matrix_ptr", _pointer(_matrix_dtype(spec.input_dtype)))]
+    if spec.draws_signs or spec.draws_rounding:
+        arguments += [("seed_ptr", "*i64")]
+    if spec.largest is not None:
+        arguments += [("amax_ptr", "*i32")]
+    sizes, what = ["R", "C", "C_padded", "C_transformed", "x_stride"], "maximum magnitudes"
+    if spec.result == MASK:
+        arguments, what = [*arguments, ("mask_ptr", "*u8")], "where codes are not clipped"
+    elif spec.result == VALUES:
+        arguments += [("out_ptr", _pointer(spec.input_dtype))]
+        what = "what was rotated" if spec.encoding.rotation else "what was projected"
+        what += ", taken back" if spec.inverse else ""
+    elif spec.result != AMAX:
+        scale = "*fp32" if spec.encoding.scale == "fp32" else "*u8"
+        arguments += [("codes_ptr", "*u8"), ("scale_ptr", scale), ("tensor_scale_ptr", "*fp32")]
+        what = "codes [R, C padded] and scales"
+    sizes += ["stream"] * spec.draws_rounding + ["signs_stream"] * spec.draws_signs
+    arguments += [(name, "i32") for name in sizes]
+    source = "x [C, R]" if spec.kept_first else "x [R, C]"
+    return Kernel(f"{source} to {what}.", tuple(arguments), encode_body(spec))
+
+
+def _decode(spec: DecodeSpec) -> Kernel:
+    arguments = [("codes_ptr", "*u8")]
+    if spec.factor or spec.encoding.granularity.block is not None:
+        arguments += [("scale_ptr", "*fp32" if spec.encoding.scale == "fp32" else "*u8")]
+    if spec.factor:
+        arguments += [("tensor_scale_ptr", "*fp32")]
+    arguments += [("out_ptr", _pointer(spec.out_dtype))]
+    arguments += [(name, "i32") for name in ("R", "C_padded", "size")]
+    shape = "[size, R]" if spec.transposed else "[R, size]"
+    summary = f"codes [R, C padded] to their values {shape}."
+    return Kernel(summary, tuple(arguments), decode_body(spec))
+
+
 _KERNELS = {
     QuantizeRowsSpec: _quantize_rows,
     AmaxSpec: _amax,
     QuantizeTilesSpec: _quantize_tiles,
     ScaledMmSpec: _scaled_mm,
+    BlockScaledMmSpec: _block_scaled_mm,
     ColumnAmaxSpec: _column_amax,
     ColumnWriteSpec: _column_write,
+    EncodeSpec: _encode,
+    DecodeSpec: _decode,
 }

@@ -10,7 +10,7 @@ from hadagraph.codegen.primitives import (
     indent,
     store,
 )
-from hadagraph.codegen.spec import ScaledMmSpec
+from hadagraph.codegen.spec import BlockScaledMmSpec, ScaledMmSpec
 from hadagraph.formats import format_named
 
 
@@ -20,7 +20,7 @@ def scaled_mm_body(spec: ScaledMmSpec) -> Lines:
         f"BLOCK_M: tl.constexpr = {spec.block_m}",
         f"BLOCK_N: tl.constexpr = {spec.block_n}",
         f"BLOCK_C: tl.constexpr = {spec.block_c}",
-        *_tile_order(spec),
+        *tile_order(spec),
         "m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)",
         "n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)",
         *_operand_pointers(spec),
@@ -29,7 +29,7 @@ def scaled_mm_body(spec: ScaledMmSpec) -> Lines:
     ]
 
 
-def _tile_order(spec: ScaledMmSpec) -> Lines:
+def tile_order(spec: ScaledMmSpec | BlockScaledMmSpec) -> Lines:
     """Programs walk down GROUP_M rows of tiles before the next column: neighbours share operands
     in the L2 cache."""
     return [
@@ -104,8 +104,14 @@ def _epilogue(spec: ScaledMmSpec) -> Lines:
     else:
         lines += [f"b_scale = {_vector('b_scale_ptr + n', n_mask)}"]
     lines += [f"out = {accumulator}.to(tl.float32) * {a_scale} * {b_scale}"]
+    return [*lines, *bias_and_store(spec)]
+
+
+def bias_and_store(spec: ScaledMmSpec | BlockScaledMmSpec) -> Lines:
+    """The end of a matmul: `out` [BLOCK_M, BLOCK_N] fp32 plus the bias, rounded once, written."""
+    lines = []
     if spec.bias_dtype is not None:
-        bias = _vector("bias_ptr + n", n_mask)
+        bias = _vector("bias_ptr + n", "n < N" if spec.mask_n else "")
         lines += [f"out += {bias}.to(tl.float32)[None, :]"]
     mask = conjunction(
         "m[:, None] < M" if spec.mask_m else None, "n[None, :] < N" if spec.mask_n else None

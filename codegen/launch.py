@@ -48,7 +48,7 @@ from hadagraph.formats import Encoding
 from hadagraph.ops import LIBRARY
 from hadagraph.reference import scaled_mm_reference
 from hadagraph.region import Chain
-from hadagraph.rotation import Rotation
+from hadagraph.rotation import Rotation, padded_size
 
 __all__ = [
     "emitted_sources",
@@ -67,7 +67,7 @@ _READY: dict[tuple[Hashable, ...], Callable[..., Any]] = {}
 
 
 @lru_cache(maxsize=64)
-def _capability(device: torch.device) -> Capability:
+def capability_of(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device)
 
 
@@ -84,13 +84,13 @@ def prepare(device: torch.device | str, rotations: Iterable[Rotation] = ()) -> N
                     matrix_on(where, dtype, rotation, reorder, width)
 
 
-def _layout(x: Tensor) -> tuple[Hashable, ...]:
+def layout_of(x: Tensor) -> tuple[Hashable, ...]:
     """What a ready launch depends on of a matrix."""
     aligned = x.data_ptr() % DESCRIPTOR_ALIGNMENT == 0
     return x.shape, x.stride(), x.dtype, x.device, aligned
 
 
-def _ready(key: tuple[Hashable, ...], make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+def ready(key: tuple[Hashable, ...], make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
     """The launch kept under the key; made on the first call."""
     call = _READY.get(key)
     if call is None:
@@ -109,14 +109,14 @@ def quantize(
 ) -> Outputs:
     """Codes and scales of the rows and/or the columns of x [T, K], any strides; as
     `quantize_reference` along dims 1 and 0. `config` overrides the table's configuration."""
-    key = (*_layout(x), rows, columns, capability, config)
+    key = (*layout_of(x), rows, columns, capability, config)
     with on_device(x.device):
-        run = _ready(key, lambda: _quantizer(x, rows, columns, capability, config))
+        run = ready(key, lambda: quantizer(x, rows, columns, capability, config))
         outputs: Outputs = run(x)
     return outputs
 
 
-def _quantizer(
+def quantizer(
     x: Tensor,
     rows: Encoding | None,
     columns: Encoding | None,
@@ -128,12 +128,12 @@ def _quantizer(
         return lambda x: quantize(x.float(), rows, columns, capability, config)
     if x.shape[1] != 1 and x.stride(1) != 1:
         if x.stride(0) == 1:
-            turned = _quantizer(x.t(), columns, rows, capability, config)
+            turned = quantizer(x.t(), columns, rows, capability, config)
             return lambda x: turned(x.t())[::-1]
         return lambda x: quantize(x.contiguous(), rows, columns, capability, config)
     if rows and columns and not in_one_kernel(rows, columns, x.dtype, capability, config):
-        by_rows = _quantizer(x, rows, None, capability, config)
-        by_columns = _quantizer(x, None, columns, capability, config)
+        by_rows = quantizer(x, rows, None, capability, config)
+        by_columns = quantizer(x, None, columns, capability, config)
         return lambda x: (by_rows(x)[0], by_columns(x)[1])
     T, K = x.shape
     row_output = None if rows is None else Output.of((T, K), rows, 1)
@@ -183,17 +183,17 @@ def quantize_chain(
     rows [T], columns [K], scalars. Per output the encodings of its layouts ("": not wanted), and
     whether the rounded matrix is wanted; of those wanted, in order: row codes, row scale, column
     codes, column scale, value. `config` and `schedule` override what the tables say."""
-    layouts = tuple(map(_layout, inputs))
+    layouts = tuple(map(layout_of, inputs))
     wanted = (tuple(rows), tuple(columns), tuple(values))
     key = (layouts, chain, wanted, capability, config, schedule)
     device = inputs[0].device
 
     def make() -> ChainCall:
-        target = capability or _capability(device)
+        target = capability or capability_of(device)
         return chain_call(inputs, Chain.parse(chain), wanted_of(*wanted), target, config, schedule)
 
     with on_device(device):
-        run: ChainCall = _ready(key, make)
+        run: ChainCall = ready(key, make)
         return run(inputs)
 
 
@@ -217,18 +217,21 @@ def scaled_mm(
 ) -> Tensor:
     """As `scaled_mm_reference`: a [M, C] and b [N, C] codes, out [M, N] in bf16, fp16 or fp32.
     `config` overrides the table's configuration."""
-    of_bias = None if bias is None else _layout(bias)
-    scales = (_layout(a_scale), _layout(b_scale))
-    key = (_layout(a), _layout(b), scales, of_bias, out_dtype, capability, config)
+    of_bias = None if bias is None else layout_of(bias)
+    scales = (layout_of(a_scale), layout_of(b_scale))
+    key = (layout_of(a), layout_of(b), scales, of_bias, out_dtype, capability, config)
     operands = (a, b, a_scale, b_scale, bias)
     with on_device(a.device):
-        run = _ready(key, lambda: _multiplier(operands, out_dtype, capability, config))
+        run = ready(key, lambda: multiplier(operands, out_dtype, capability, config))
         out: Tensor = run(*operands)
     return out
 
 
-def _multiplier(
-    operands: Operands, out_dtype: torch.dtype, capability: Capability, config: MmChoice | None
+def multiplier(
+    operands: Operands,
+    out_dtype: torch.dtype,
+    capability: Capability,
+    config: MmChoice | None = None,
 ) -> Callable[..., Tensor]:
     """The scaled matmul of operands laid out as these."""
     if out_dtype not in DTYPE_NAMES:
@@ -274,21 +277,23 @@ def _addressable(codes: Tensor) -> Tensor:
     """Codes that a tensor descriptor can address: unit last stride, 16-byte rows and start."""
     if codes.stride(1) == 1 and codes.stride(0) % 16 == 0 and codes.data_ptr() % 16 == 0:
         return codes
-    return codes.clone(memory_format=torch.contiguous_format)
+    rows, length = codes.shape
+    padded = torch.empty(rows, padded_size(length, 16), dtype=codes.dtype, device=codes.device)
+    return padded[:, :length].copy_(codes)
 
 
 def _quantize_cuda(x: Tensor, rows: str | None, columns: str | None) -> Outputs:
     """`quantize`, found by the encodings' text: an operator call parses nothing."""
-    key = (*_layout(x), rows, columns)
+    key = (*layout_of(x), rows, columns)
     with on_device(x.device):
-        outputs: Outputs = _ready(key, lambda: _quantizer_of_texts(x, rows, columns))(x)
+        outputs: Outputs = ready(key, lambda: _quantizer_of_texts(x, rows, columns))(x)
     return outputs
 
 
 def _quantizer_of_texts(x: Tensor, rows: str | None, columns: str | None) -> Callable[..., Outputs]:
     row_encoding = None if rows is None else Encoding.parse(rows)
     column_encoding = None if columns is None else Encoding.parse(columns)
-    return _quantizer(x, row_encoding, column_encoding, _capability(x.device))
+    return quantizer(x, row_encoding, column_encoding, capability_of(x.device))
 
 
 def _quantize_rows_cuda(x: Tensor, rows: str) -> Quantized:
@@ -314,7 +319,7 @@ def _scaled_mm_cuda(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    return scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, _capability(a.device))
+    return scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, capability_of(a.device))
 
 
 LIBRARY.impl("quantize_rows", _quantize_rows_cuda, "CUDA")

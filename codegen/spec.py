@@ -417,6 +417,67 @@ class GluonMmSpec:
         return (M + N) * C + M * N * INPUT_BYTES[self.out_dtype]
 
 
+@dataclass(frozen=True)
+class BlockScaledMmSpec:
+    """out[m, n] = (sum_c a[m, c] a_scales[m, c / block] b[n, c] b_scales[n, c / block]) * a_scale *
+    b_scale + bias[n] by block-scaled matrix instructions: fp8 or packed fp4 codes, both K-major,
+    block scales as bytes, `a_scale` and `b_scale` of the tensors.
+
+    `scale`: e8m0, one for `block` = 32 codes, or ue4m3, one for 16. `a_tiles`, `b_tiles`: a scale
+    serves as many kept indices, too. `descriptors`: codes are read through host-made tensor
+    descriptors (TMA), which read zeros outside, else by pointers. `arranged`: block scales lie as
+    tensor memory takes them (`hadagraph.codegen.calls.arranged`), one for each kept index, with
+    zeros up to whole tiles; else as `Encoded.scale`.
+    """
+
+    a_format: str
+    b_format: str
+    scale: str
+    block: int
+    a_tiles: bool
+    b_tiles: bool
+    out_dtype: str
+    bias_dtype: str | None
+    block_m: int
+    block_n: int
+    block_c: int
+    group: int
+    descriptors: bool
+    arranged: bool
+    mask_m: bool
+    mask_n: bool
+    mask_c: bool
+    warps: int
+    stages: int
+    capability: Capability
+
+    def __post_init__(self) -> None:
+        whole = self.block_m % 128 == self.block_n % 128 == self.block_c % (4 * self.block) == 0
+        assert whole or not self.arranged
+        assert (self.scale, self.block) in (("e8m0", 32), ("ue4m3", 16))
+        assert self.capability >= (10, 0)
+        assert self.block_c % self.block == 0
+
+    @property
+    def name(self) -> str:
+        formats = self.a_format
+        if self.b_format != self.a_format:
+            formats = f"{formats}_{self.b_format}"
+        return f"block_scaled_mm_{formats}_{self.scale}_{self.out_dtype}"
+
+    def flops(self, M: int, N: int, C: int) -> int:
+        return 2 * M * N * C
+
+    def bytes(self, M: int, N: int, C: int) -> int:
+        """Each operand and its scales read once, the output written once."""
+        read = 0
+        sides = ((M, self.a_format, self.a_tiles), (N, self.b_format, self.b_tiles))
+        for kept, name, tiles in sides:
+            groups = -(-kept // self.block) if tiles else kept
+            read += kept * C * format_named(name).bits // 8 + groups * (C // self.block)
+        return read + M * N * INPUT_BYTES[self.out_dtype]
+
+
 MmSpec = ScaledMmSpec | GluonMmSpec
 QuantizerSpec = QuantizeRowsSpec | AmaxSpec | QuantizeTilesSpec | ColumnAmaxSpec | ColumnWriteSpec
-KernelSpec = QuantizerSpec | MmSpec
+KernelSpec = QuantizerSpec | MmSpec | BlockScaledMmSpec

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from hadagraph.codegen.emit import emit
-from hadagraph.codegen.spec import KernelSpec
+from hadagraph.codegen.encode_spec import AnySpec
 from hadagraph.compat import cache_dir
 
 _EMITTED: dict[str, str] = {}
@@ -52,7 +52,7 @@ def load_module(path: Path) -> ModuleType:
 
 
 @cache
-def kernel_module(spec: KernelSpec) -> ModuleType:
+def kernel_module(spec: AnySpec) -> ModuleType:
     """The module of the spec's kernel: function `spec.name`, `OPTIONS` and `SIGNATURE`."""
     source = emit(spec)
     _EMITTED[source_key(spec.name, source)] = source

@@ -198,8 +198,10 @@ CHAIN_ROWS_RACED: dict[str, tuple[RowsConfig, ...]] = {
 _SMALL_COLUMNS = ColumnsConfig(
     VectorsConfig(128, 64, 2, literal=False), VectorsConfig(128, 64, 2, 64, literal=False)
 )
+# Chunks of 64 tokens compile three times faster than of 128: Triton's coalescing pass walks, for
+# each load, all that is connected with it.
 _COLUMNS = (
-    ColumnsConfig(VectorsConfig(256, 256, 4), VectorsConfig(128, 128, 2, 128, backward=True)),
+    ColumnsConfig(VectorsConfig(256, 256, 4), VectorsConfig(128, 128, 2, 64, backward=True)),
     _SMALL_COLUMNS,
 )
 # One that computes has fewer columns a thread.
@@ -236,6 +238,7 @@ COLUMNS: dict[str, dict[str, tuple[ColumnsConfig, ...]]] = {
 }
 COLUMNS_RACED: dict[str, tuple[ColumnsConfig, ...]] = {
     "sm_90": (
+        ColumnsConfig(VectorsConfig(256, 256, 4), VectorsConfig(128, 128, 2, 128, backward=True)),
         ColumnsConfig(VectorsConfig(128, 256, 2), VectorsConfig(128, 128, 2, 128)),
         ColumnsConfig(VectorsConfig(256, 512, 4), VectorsConfig(128, 128, 2, 64, backward=True)),
         ColumnsConfig(

@@ -3,11 +3,14 @@
 torch.compile(model, backend="hadagraph")
 """
 
+from hadagraph.calibration import calibrate
 from hadagraph.config import Config
 from hadagraph.explanation import Explanation, explain, measure_sqnr
 from hadagraph.formats import FORMATS
 from hadagraph.measurement import measure_device
+from hadagraph.observation import last_profile
 from hadagraph.plan import Plan
+from hadagraph.profile import Profile
 from hadagraph.recipes import RECIPES
 from hadagraph.reports import report, reset_report
 from hadagraph.rotation import Rotation
@@ -18,8 +21,11 @@ __all__ = [
     "Config",
     "Explanation",
     "Plan",
+    "Profile",
     "Rotation",
+    "calibrate",
     "explain",
+    "last_profile",
     "measure_device",
     "measure_sqnr",
     "report",

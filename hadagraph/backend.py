@@ -7,19 +7,21 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-from hadagraph import compat, ops
-from hadagraph.codegen import launch, tuned
+from hadagraph import compat, ops, seeds
+from hadagraph.codegen import launch, precompile, tuned
 from hadagraph.config import Config, parse_options
-from hadagraph.device import DeviceProfile
+from hadagraph.device import DeviceProfile, chip_named
 from hadagraph.dump import GraphDump
-from hadagraph.graph import backward_nodes, calls
+from hadagraph.graph import SAVED, backward_nodes, calls
 from hadagraph.measurement import profile_of
+from hadagraph.observation import step_observer
 from hadagraph.passes import PassState, compress_saved, fuse, narrow_quantizers, run_pipeline
 from hadagraph.plan import Plan
 from hadagraph.reports import (
@@ -33,6 +35,18 @@ from hadagraph.verify import verify
 
 log = logging.getLogger(__name__)
 DUMP_CAPABILITY = (9, 0)  # whose kernels a dump shows where there is no GPU
+# The operators that emitted kernels carry out: of plain encodings, and all others.
+PLAIN = (*ops.QUANTIZERS, ops.quantize_chain, ops.scaled_mm)
+ENCODED = (
+    ops.encode,
+    ops.clip_mask,
+    ops.decode,
+    ops.encoded_mm,
+    ops.rotate,
+    ops.unrotate,
+    ops.project,
+    ops.unproject,
+)
 
 
 def hadagraph(
@@ -47,7 +61,20 @@ def hadagraph(
     Options: see `hadagraph.Config`; Inductor's own are passed on. ValueError on an unknown or
     ill-typed one.
     """
-    return compile_graph(gm, inputs, parse_options(mode, options), PROCESS)
+    config = parse_options(mode, options)
+    if config.calibrate_steps:
+        config = _calibrating(config, options)
+    return compile_graph(gm, inputs, config, PROCESS)
+
+
+def _calibrating(config: Config, options: Mapping[str, Any] | None) -> Config:
+    """The options as they are while the first steps are observed, with code that becomes invalid
+    when they are over; and with the profile from then on."""
+    observer = step_observer(options, config.calibrate_steps, config.profile)
+    if observer.done:
+        return replace(config, profile=observer.profile(), calibrate_steps=0)
+    compat.guard_on(step_observer.__module__, "FLAGS", observer.flag)
+    return config.observing(observer.number)
 
 
 hadagraph.reset = compat.reset_cudagraph_trees  # type: ignore[attr-defined]
@@ -57,9 +84,12 @@ def compile_graph(
     gm: fx.GraphModule, inputs: Sequence[Any], config: Config, collector: Collector
 ) -> Callable[..., Any]:
     """One graph with one configuration; reports go to `collector`."""
-    session = Session(config, _capability(inputs), collector, _profile(inputs))
+    config, profile = _planned_for(config, inputs)
+    session = Session(config, _capability(inputs), collector, profile)
     for device in _cuda_devices(inputs):
         launch.prepare(device)
+        seeds.counter(device)  # made before any capture of a CUDA graph
+        compat.settle_triton_cache(device.index)
     if config.executor == "eager":
         if config.inductor_patches():
             names = ", ".join(config.inductor_patches())
@@ -74,9 +104,11 @@ def compile_graph(
         "post_grad_custom_post_pass": ComposedPass([*_as_list(after_grad), FusePass(session)]),
         "custom_partitioner_fn": Partitioner(session, partitioner),
     }
-    if config.dump is not None:
+    if config.dump is not None or config.observer is not None:
         # A graph out of a cache runs no pass, and would leave nothing to see.
         patches["force_disable_caches"] = True
+    if config.observer is not None:
+        patches["triton.cudagraphs"] = False  # a replayed graph calls no observer
     compiled: Callable[..., Any] = compat.compile_fx(gm, inputs, config_patches=patches)
     return compiled
 
@@ -104,6 +136,26 @@ def _profile(inputs: Sequence[Any]) -> DeviceProfile | None:
     return profile_of(devices[0]) if devices else None
 
 
+def _planned_for(config: Config, inputs: Sequence[Any]) -> tuple[Config, DeviceProfile | None]:
+    """What is known of the chip to plan for, and the configuration without a target that is this
+    device. ValueError on another than this device's, unless it is emulated on a CPU."""
+    if config.target is None:
+        return config, _profile(inputs)
+    chip = chip_named(config.target)
+    devices = _cuda_devices(inputs)
+    if not devices and config.executor == "eager":
+        return config, chip
+    names = [torch.cuda.get_device_name(device) for device in devices]
+    if names and all(chip.name in name for name in names):
+        return replace(config, target=None), _profile(inputs)
+    where = f"the model is on {names[0]}" if names else "nothing compiles for it here"
+    raise ValueError(
+        f"option target={config.target!r} plans for {chip.name}, but {where}. For its plan alone, "
+        "use hadagraph.explain or executor='eager' with model and inputs on the CPU, or the "
+        "command `hadagraph explain`"
+    )
+
+
 class Session:
     """What the hooks of one compiled graph share: options, device, report and dump."""
 
@@ -121,6 +173,13 @@ class Session:
         self.report: GraphReport | None = None
         self.dump: GraphDump | None = None
 
+    @property
+    def planned_capability(self) -> tuple[int, int] | None:
+        """Of the chip that is planned for; None where every format is emulated."""
+        if self.config.target is not None and self.profile is not None:
+            return self.profile.capability
+        return self.capability
+
     def uuid(self) -> str:
         """Everything that decides what the passes do and what runs: options, device, what was tuned
         on it, every source file."""
@@ -133,19 +192,27 @@ class Session:
         if self.config.dump is not None:
             self.dump = GraphDump(self.config.dump)
         training = bool(backward_nodes(graph))
-        plan = Plan(self.config.recipe)
-        state = PassState(self.config, plan, self.capability, self.profile)
+        plan = Plan(self.config.recipe_name)
+        state = PassState(self.config, plan, self.planned_capability, self.profile)
         plan = run_pipeline(graph, state, self._observe)
         self.report = GraphReport(
             kind="training" if training else "inference",
             emulated=self.capability is None,
+            target=self.profile.name if self.config.target and self.profile else None,
             plan=plan,
             shared=shared_quantizers(graph, plan),
         )
-        if not any(decision.lowered for decision in plan.decisions):
+        observed = self.config.observer is not None
+        if not observed and not any(decision.lowered for decision in plan.decisions):
             log.warning("no GEMM of this graph was lowered; see hadagraph.explain for the reasons")
+        if self.report.emulated_gemms:
+            log.info(
+                "%d GEMMs are emulated: no speed gain is expected of these",
+                self.report.emulated_gemms,
+            )
         self.collector.reports.append(self.report)
         self._write_plan(graph)
+        self._compile_ahead(graph, (ops.scaled_mm,))  # what fusing does not change
 
     def _observe(self, name: str, graph: fx.Graph) -> None:
         if self.dump is not None:
@@ -162,10 +229,11 @@ class Session:
     def _write_kernels(self, graph: fx.Graph) -> None:
         assert self.dump is not None
         sources: dict[str, str] = {}
-        for node in calls(graph, (*ops.QUANTIZERS, ops.quantize_chain, ops.scaled_mm)):
+        for node in calls(graph, (*PLAIN, *ENCODED)):
             arguments = fx.map_arg(node.args, lambda argument: argument.meta["val"])
             name = node.target._opname  # type: ignore[union-attr]
-            sources |= launch.sources_for(name, arguments, self.capability or DUMP_CAPABILITY)
+            sources_for = precompile.sources_for if node.target in ENCODED else launch.sources_for
+            sources |= sources_for(name, arguments, self.capability or DUMP_CAPABILITY)
         self.dump.kernels({f"{name}.py": source for name, source in sources.items()})
 
     def partitioned(
@@ -199,6 +267,17 @@ class Session:
         if self.dump is not None and self.report is not None:
             self.dump.plan(self.report)
             self._write_kernels(graph)
+        self._compile_ahead(graph, (*PLAIN, *ENCODED))
+
+    def _compile_ahead(self, graph: fx.Graph, targets: Sequence[Any]) -> None:
+        """Let workers compile the kernels of these operators' calls from now on."""
+        if self.capability is None:
+            return
+        found = []
+        for node in calls(graph, targets):
+            arguments = fx.map_arg(node.args, lambda argument: argument.meta["val"])
+            found.append((node.target._opname, arguments))  # type: ignore[union-attr]
+        precompile.compile_ahead(found, self.capability)
 
 
 @functools.cache
@@ -268,13 +347,68 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         partition = self.theirs or compat.min_cut_partition
-        forward, backward = partition(gm, joint_inputs, **kwargs)
+        forward, backward = made_in_forward(partition, gm, joint_inputs, **kwargs)
         self.session.partitioned(forward, backward, kwargs["num_fwd_outputs"])
         return forward, backward
 
     def uuid(self) -> str | None:
         theirs = self.theirs.uuid() if self.theirs is not None else "min-cut"
         return None if theirs is None else repr((theirs, self.session.uuid()))
+
+
+def made_in_forward(
+    partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]],
+    gm: fx.GraphModule,
+    joint_inputs: Sequence[object],
+    *,
+    num_fwd_outputs: int,
+    **kwargs: Any,
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Partition a joint graph so that the forward makes what is marked `graph.SAVED`.
+
+    Only what a forward output needs is the forward's; a partitioner leaves anything else to the
+    backward, which then gets the high-precision tensor to make it from. So the marked nodes are
+    outputs of the forward while it is cut.
+    """
+    marked = [node for node in gm.graph.nodes if SAVED in node.meta]
+    if not marked:
+        return partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
+    first = num_fwd_outputs
+    _insert_outputs(gm.graph, first, marked)
+    forward, backward = partition(
+        gm, joint_inputs, num_fwd_outputs=num_fwd_outputs + len(marked), **kwargs
+    )
+    for graph_module in (gm, forward):
+        _remove_outputs(graph_module.graph, first, len(marked))
+        graph_module.graph.eliminate_dead_code()
+        graph_module.recompile()
+    return forward, backward
+
+
+DESCRIBED = ("desc", "output_stack_traces")
+
+
+def _insert_outputs(graph: fx.Graph, index: int, nodes: Sequence[fx.Node]) -> None:
+    output = graph.output_node()
+    (returned,) = output.args
+    returned = list(returned)  # type: ignore[arg-type]
+    for key in DESCRIBED:
+        described = output.meta.get(key)
+        if described is not None and len(described) == len(returned):
+            again = [described[max(index - 1, 0)]] * len(nodes)
+            output.meta[key] = [*described[:index], *again, *described[index:]]
+    output.args = ((*returned[:index], *nodes, *returned[index:]),)
+
+
+def _remove_outputs(graph: fx.Graph, index: int, count: int) -> None:
+    output = graph.output_node()
+    (returned,) = output.args
+    returned = list(returned)  # type: ignore[arg-type]
+    for key in DESCRIBED:
+        described = output.meta.get(key)
+        if described is not None and len(described) == len(returned):
+            output.meta[key] = [*described[:index], *described[index + count :]]
+    output.args = ((*returned[:index], *returned[index + count :]),)
 
 
 def _run_eagerly(gm: fx.GraphModule, inputs: Sequence[Any], session: Session) -> Callable[..., Any]:

@@ -4,20 +4,27 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import detect_fake_mode
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
+from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import (
     CustomGraphPass,
@@ -26,7 +33,9 @@ from torch._inductor.custom_graph_pass import (
 )
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.pattern_matcher import stable_topological_sort
-from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
@@ -41,6 +50,7 @@ __all__ = [
     "detect_fake_mode",
     "empty_strided_cuda",
     "get_hash_for_files",
+    "guard_on",
     "inductor_config",
     "inductor_option_default",
     "inductor_option_names",
@@ -49,12 +59,19 @@ __all__ = [
     "min_cut_partition",
     "reset_cudagraph_trees",
     "select_decomp_table",
+    "settle_triton_cache",
+    "size_bounds",
     "spin",
     "stable_topological_sort",
     "static_hint",
+    "submit_to_compile_worker",
+    "symbolic_size",
+    "unset_fake_temporarily",
     "without_caches",
+    "without_data",
 ]
 
+log = logging.getLogger(__name__)
 # Node metadata that the partitioner and the activation-checkpointing code read.
 INHERITED_META = (
     "partitioner_tag",
@@ -108,12 +125,47 @@ def without_caches() -> Iterator[None]:
         yield
 
 
+def submit_to_compile_worker(task: Callable[..., Any], *arguments: Any) -> Future[Any] | None:
+    """Runs a picklable task in one of Inductor's worker processes; None where there are none: the
+    option compile_threads is 1, or this process must have no children."""
+    if get_compile_threads() <= 1:
+        return None
+    try:
+        return AsyncCompile.process_pool().submit(task, *arguments)
+    except RuntimeError as error:  # a daemonic process, or a pool that is closed
+        log.debug("no compile worker: %s", error)
+        return None
+
+
+def settle_triton_cache(device: int) -> None:
+    """Gives Triton, where the user gave it no folder, the one that Inductor would choose with its
+    first kernel: binaries must be looked for where workers leave them."""
+    os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device))
+
+
 def static_hint(size: int | torch.SymInt) -> int:
     """The size itself, or the size a symbol had when it was traced. Adds no guard."""
     if isinstance(size, int):
         return size
     hint = size.node.hint if size.node.has_hint() else None
     return 1 if hint is None else int(hint)
+
+
+def without_data() -> AbstractContextManager[Any]:
+    """A context in which tensors have shapes and no memory."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def symbolic_size(size: int | torch.SymInt) -> Any:
+    """The size itself, or a symbol's sympy expression. Adds no guard."""
+    return size if isinstance(size, int) else size.node.expr
+
+
+def size_bounds(size: torch.SymInt) -> tuple[int, int | None]:
+    """The least and the largest value that guards so far allow; None where nothing bounds it."""
+    bounds = size.node.shape_env.bound_sympy(size.node.expr)
+    most = int(bounds.upper) if bounds.upper.is_Integer else None
+    return int(bounds.lower) if bounds.lower.is_Integer else 0, most
 
 
 def cuda_driver_version() -> int:
@@ -128,6 +180,19 @@ def cuda_driver_version() -> int:
     version = ctypes.c_int(0)
     driver.cuDriverGetVersion(ctypes.byref(version))
     return version.value
+
+
+def guard_on(module: str, *attributes: str) -> None:
+    """While Dynamo compiles a frame: let its code be valid only as long as
+    `module.attribute.attribute...` (a constant) is what it is now. Nothing outside of Dynamo."""
+    try:
+        translator = InstructionTranslator.current_tx()
+    except AttributeError:
+        return
+    source: Any = translator.import_source(module)
+    for attribute in attributes:
+        source = AttrSource(source, attribute)
+    install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
 
 
 def spin(cycles: int) -> None:

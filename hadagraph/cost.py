@@ -15,12 +15,12 @@ from hadagraph.device import DeviceProfile, GemmRate
 FP32_SLOWDOWN = 2.0
 # What a pointwise kernel of Inductor's moves for each byte that it makes for a GEMM.
 BYTES_PER_MADE = 3.0
-WIDTHS = {"bf16": 2, "int8": 1, "fp8": 1}
+WIDTHS = {"bf16": 2.0, "int8": 1.0, "fp8": 1.0, "mxfp8": 1.0, "fp4": 0.5}
 
 
 def gemm_us(profile: DeviceProfile, M: int, N: int, C: int, format: str) -> float:
-    """Time of out[M, N] (16 bit) = sum_C lhs[M, C] rhs[N, C] in `bf16`, `int8` or `fp8`; `fp32`
-    stands for TF32. ValueError on a format that the device has not.
+    """Time of out[M, N] (16 bit) = sum_C lhs[M, C] rhs[N, C] in a format of `device.GemmRate`;
+    `fp32` stands for TF32. ValueError on a format that the device has not.
 
     The tile and the split of the contraction that take least; a program's time is proportional to
     its tile, edges included, and to its run of C; programs come in waves over the multiprocessors.

@@ -13,7 +13,7 @@ KINDS = ("plain", "rotated", "per_tensor")
 
 @dataclass(frozen=True)
 class GemmRate:
-    """GEMMs with operands of one format (`bf16`, `int8`, `fp8`).
+    """GEMMs with operands of one format (`bf16`, `int8`, `fp8`; block-scaled `mxfp8`, `fp4`).
 
     tflops: what the tensor cores reach inside a large tile. sustained: TFLOP/s that the power limit
     leaves a large GEMM after a while. ramp: a tile's start and end, as
@@ -152,7 +152,7 @@ def _prior(
     tiles = _TILES[2:]
     most = 0.85 * tflops["bf16"]
     gemms = [GemmRate("bf16", most, 0.9 * most, 154.0, 3.7, 1.0, tiles, 2, 4.0)]
-    for format in ("int8", "fp8"):
+    for format in ("int8", "fp8", "mxfp8", "fp4"):
         if format in tflops:
             most = 0.65 * tflops[format]
             gemms.append(GemmRate(format, most, 0.9 * most, 430.0, 5.0, 1.0, tiles, 1, 4.5))
@@ -181,11 +181,16 @@ CHIPS: dict[str, DeviceProfile] = {
         (10, 0),
         148,
         8.0,
-        {"bf16": 2250.0, "int8": 450.0, "fp8": 4500.0},
+        {"bf16": 2250.0, "int8": 450.0, "fp8": 4500.0, "mxfp8": 4500.0, "fp4": 9000.0},
         "int8 at a tenth: triton emits no fast int8 for sm_100",
     ),
     "RTX 5090": _prior(
-        "RTX 5090", (12, 0), 170, 1.792, {"bf16": 209.5, "int8": 838.0, "fp8": 419.0}, ""
+        "RTX 5090",
+        (12, 0),
+        170,
+        1.792,
+        {"bf16": 209.5, "int8": 838.0, "fp8": 419.0, "mxfp8": 419.0, "fp4": 1676.0},
+        "",
     ),
 }
 # A chip that the table does not name is taken for the slowest gain of its generation.
@@ -197,6 +202,14 @@ _BY_CAPABILITY = {
     (10, 0): "B200",
     (12, 0): "RTX 5090",
 }
+
+
+def chip_named(name: str, option: str = "target") -> DeviceProfile:
+    """The row of a chip, whatever its case. ValueError names the option and lists the chips."""
+    for chip, profile in CHIPS.items():
+        if chip.lower() == name.lower():
+            return profile
+    raise ValueError(f"option {option} must be one of {', '.join(CHIPS)}, got {name!r}")
 
 
 def chip_profile(name: str, capability: tuple[int, int]) -> DeviceProfile | None:

@@ -68,13 +68,7 @@ def measure_sqnr(
     config = parse_options(None, {**_eager(options), "measure": True})
     ops.MEASURED.clear()
     _, output = _run_once(model, inputs, kwargs, config)
-    scalar = loss(output) if loss is not None else getattr(output, "loss", output)
-    if not isinstance(scalar, torch.Tensor) or scalar.numel() != 1:
-        raise ValueError("measure_sqnr: the model's output is no scalar; pass loss=function")
-    given = [*getattr(model, "parameters", list)(), *inputs, *kwargs.values()]
-    leaves = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
-    if leaves:
-        torch.autograd.grad(scalar, leaves, allow_unused=True)
+    run_backward("measure_sqnr", model, inputs, kwargs, output, loss)
     found: dict[str, dict[str, float]] = {role: {} for role in ROLES}
     for name, decibels in ops.MEASURED.items():
         site, _, role = name.rpartition(":")
@@ -86,10 +80,38 @@ def _eager(options: Mapping[str, Any] | None) -> dict[str, Any]:
     return {**(options or {}), "executor": "eager"}
 
 
+def run_backward(
+    caller: str,
+    model: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    output: Any,
+    loss: Callable[[Any], torch.Tensor] | None,
+) -> None:
+    """The backward of a scalar of the output, into no `.grad`. ValueError, with the caller's name,
+    where there is no scalar."""
+    scalar = loss(output) if loss is not None else getattr(output, "loss", output)
+    if not isinstance(scalar, torch.Tensor) or scalar.numel() != 1:
+        raise ValueError(f"{caller}: the model's output is no scalar; pass loss=function")
+    given = [*getattr(model, "parameters", list)(), *inputs, *kwargs.values()]
+    leaves = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
+    if leaves:
+        torch.autograd.grad(scalar, leaves, allow_unused=True)
+
+
 def _run_once(
     model: Callable[..., Any], inputs: tuple[Any, ...], kwargs: dict[str, Any], config: Config
 ) -> tuple[Collector, Any]:
     collector = Collector()
+    with same_state(model):
+        output = compiled_aside(model, config, collector)(*inputs, **kwargs)
+    return collector, output
+
+
+def compiled_aside(
+    model: Callable[..., Any], config: Config, collector: Collector
+) -> Callable[..., Any]:
+    """The model compiled beside whatever else it is compiled to."""
 
     def backend(gm: torch.fx.GraphModule, example: Any) -> Callable[..., Any]:
         return compile_graph(gm, example, config, collector)
@@ -102,19 +124,20 @@ def _run_once(
     own = types.FunctionType(
         call.__code__.replace(), globals(), "call", call.__defaults__, call.__closure__
     )
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), compat.without_caches(), _same_buffers(model):
-        output = torch.compile(own, backend=backend)(*inputs, **kwargs)
-    return collector, output
+    compiled: Callable[..., Any] = torch.compile(own, backend=backend)
+    return compiled
 
 
 @contextmanager
-def _same_buffers(model: Callable[..., Any]) -> Iterator[None]:
-    """Put the module's buffers (running statistics, caches) back afterwards."""
+def same_state(model: Callable[..., Any]) -> Iterator[None]:
+    """Put the random state and the module's buffers (running statistics, caches) back afterwards;
+    compile without caches."""
     buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
     before = [buffer.clone() for buffer in buffers]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        yield
+        with torch.random.fork_rng(devices=devices), compat.without_caches():
+            yield
     finally:
         with torch.no_grad():
             for buffer, old in zip(buffers, before, strict=True):

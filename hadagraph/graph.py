@@ -19,6 +19,9 @@ TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int)
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 ALIASES = (aten.alias.default, aten.detach.default)
 CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+SAVED = "hadagraph_saved"
+"""The key in the metadata of what a forward makes for the backward only: the partitioner is told to
+make it in the forward (see `hadagraph.backend.Partitioner`)."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,29 @@ def inherit_meta(node: fx.Node, like: fx.Node) -> None:
 def _tensors(values: Any) -> list[torch.Tensor]:
     leaves = torch.utils._pytree.tree_leaves(values)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def seed_for(node: fx.Node) -> fx.Node:
+    """The node that holds the seed of a node's graph and device, made after the inputs if there is
+    none yet. It is part of the forward, is saved for the backward, and is never made again."""
+    graph, device = node.graph, tensor(node).device
+    for made in graph.find_nodes(op="call_function", target=ops.next_seed):
+        if arguments(made)[0] == device:
+            return made
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+        seed = graph.call_function(ops.next_seed, (device,))
+    seed.meta["val"] = tensor(node).new_empty((1,), dtype=torch.int64)
+    seed.meta["partitioner_tag"] = "is_forward"
+    seed.meta[SAVED] = True  # if forward and backward each drew one, they would differ
+    return seed
+
+
+def size_of(node: fx.Node, dim: int, like: fx.Node) -> Any:
+    """A tensor's size along a dim: a number, or a node where it is symbolic."""
+    size = tensor(node).shape[dim]
+    if isinstance(size, int):
+        return size
+    return create(node.graph, aten.sym_size.int, (node, dim), like)
 
 
 def outputs_of(graph: fx.Graph, node: fx.Node, count: int) -> tuple[fx.Node, ...]:
@@ -111,6 +137,14 @@ def operand(node: fx.Node) -> Operand:
     while (source := transposed_source(node)) is not None:
         node, contracted_dim = source, 1 - contracted_dim
     return Operand(node, contracted_dim)
+
+
+def inner_rotation(node: fx.Node) -> fx.Node | None:
+    """The rotation along the contracted dim that a GEMM argument [kept, contracted] ends in. None
+    where there is none, or where it met its inverse: then the operand is rotated already."""
+    seen = operand(node)
+    inner = seen.base.target is ops.rotate and arguments(seen.base)[1] == seen.contracted_dim
+    return seen.base if inner else None
 
 
 def layout_source(node: fx.Node) -> fx.Node:

@@ -249,7 +249,7 @@ def profile_of(device: torch.device) -> DeviceProfile | None:
     triton and these kernels, else the table's row. None for the CPU and unknown devices."""
     if device.type != "cuda":
         return None
-    path = _path(device)
+    path = profile_path(device)
     if path.exists():
         try:
             return DeviceProfile.from_json(path.read_text())
@@ -269,7 +269,7 @@ def measure_device(
     where = _cuda(device)
     profile = measure(where, seconds)
     if profile is not None and profile.source == "measured":
-        path = _path(where)
+        path = profile_path(where)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(profile.to_json())
@@ -277,7 +277,8 @@ def measure_device(
     return profile
 
 
-def _path(device: torch.device) -> Path:
+def profile_path(device: torch.device) -> Path:
+    """Where a CUDA device's measurement lies, if there is one."""
     versions = (torch.__version__, triton.__version__, compat.cuda_driver_version())
     key = repr((torch.cuda.get_device_name(device), versions, kernel_sources_hash()))
     return source_directory() / f"device_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"

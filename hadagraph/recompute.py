@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hadagraph import compat
+from hadagraph import compat, ops
 from hadagraph.graph import ALIASES, CASTS, TRANSPOSES, VIEWS, arguments, aten
 
 # Pointwise or layout ops that carry no such tag.
@@ -151,6 +151,15 @@ class Recomputation:
                     made.add(user)
                     pending.append(user)
         return False
+
+
+def own_chain(source: fx.Node) -> tuple[fx.Node, ...]:
+    """The rotations and projections that end in a tensor, the last first."""
+    chain = []
+    while source.target in (ops.rotate, ops.project):
+        chain.append(source)
+        source = arguments(source)[0]
+    return tuple(chain)
 
 
 def copies_of_saved(

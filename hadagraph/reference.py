@@ -164,7 +164,7 @@ def scaled_mm_reference(
     scales fp32 [M] or [1], [N] or [1]. int8 products are summed exactly, fp8 ones in fp32.
     """
     if a.dtype == torch.int8:
-        accumulated = _exact_int8_mm(a, b)
+        accumulated = exact_int8_mm(a, b)
     else:
         with torch.autocast(a.device.type, enabled=False):
             accumulated = a.float() @ b.float().t()
@@ -174,7 +174,7 @@ def scaled_mm_reference(
     return out.to(out_dtype)
 
 
-def _exact_int8_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def exact_int8_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """fp32 [M, N]: exact int32 sums over parts of the contraction, added in fp32."""
     if a.shape[0] == 0 or b.shape[0] == 0 or a.shape[1] == 0:
         return a.new_zeros((a.shape[0], b.shape[0]), dtype=torch.float32)

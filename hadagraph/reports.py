@@ -33,7 +33,8 @@ class GraphReport:
     """One compiled graph.
 
     kind: `training` or `inference`. emulated: whether the low-precision GEMMs run as references (no
-    GPU). saved_bytes: bytes that the forward keeps for the backward besides parameters and inputs,
+    GPU). target: the chip that was planned for, where it is not the device. saved_bytes: bytes that
+    the forward keeps for the backward besides parameters and inputs,
     symbolic sizes at their traced value; None for an inference graph.
     """
 
@@ -44,15 +45,22 @@ class GraphReport:
     saved_bytes: int | None = None
     saved: tuple[tuple[str, str, int], ...] = ()
     regions: list[Region] = field(default_factory=list)
+    target: str | None = None
 
     @property
     def sites(self) -> tuple[SiteReport, ...]:
         """The GEMMs of the graph, in graph order."""
         return tuple(SiteReport.of(decision) for decision in self.plan.decisions)
 
+    @property
+    def emulated_gemms(self) -> int:
+        """How many GEMMs read codes that the device has to decode first."""
+        return sum(d.lhs is not None and d.lhs.emulated for d in self.plan.decisions)
+
     def table(self) -> Table:
         """The plan, for rich."""
-        emulated = ", emulated" if self.emulated else ""
+        emulated = f", planned for {self.target}" if self.target else ""
+        emulated += ", emulated" if self.emulated else ""
         table = Table(title=f"{self.kind} graph: recipe {self.plan.recipe}{emulated}")
         for column in PLAN_COLUMNS:
             table.add_column(column, overflow="fold")
@@ -67,6 +75,11 @@ class GraphReport:
             console.print(self.table())
             if self.plan.note:
                 console.print(self.plan.note)
+            if self.emulated_gemms:
+                console.print(
+                    f"{self.emulated_gemms} GEMMs are emulated: the device multiplies no such "
+                    f"codes, which are decoded first; no speed gain is expected of these"
+                )
             for shared in self.shared:
                 console.print(f"{shared.quantizer}({shared.source}): {', '.join(shared.readers)}")
             if self.saved_bytes is not None:
@@ -80,17 +93,21 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One GEMM: its module path, role, whether it was lowered, and the reason if not."""
+    """One GEMM: its module path, role, whether it was lowered, the reason if not, and whether the
+    device decodes its codes for a GEMM in higher precision."""
 
     name: str
     role: str
     lowered: bool
     reason: str | None
+    emulated: bool = False
 
     @staticmethod
     def of(decision: Decision) -> SiteReport:
         """The public face of a decision."""
-        return SiteReport(decision.site.name, decision.site.role, decision.lowered, decision.reason)
+        site, plans = decision.site, (decision.lhs, decision.rhs)
+        emulated = any(plan is not None and plan.emulated for plan in plans)
+        return SiteReport(site.name, site.role, decision.lowered, decision.reason, emulated)
 
 
 @dataclass
@@ -120,14 +137,21 @@ def shared_quantizers(graph: fx.Graph, plan: Plan) -> tuple[Shared, ...]:
     """Who reads the codes of each quantizing op of a lowered graph."""
     sites = {d.site.node: f"{d.site.name}:{d.site.role}" for d in plan.decisions}
     readers: dict[fx.Node, list[str]] = defaultdict(list)
-    for node in calls(graph, (ops.scaled_mm, ops.scaled_mm_measured)):
-        a, b = arguments(node)[:2] if node.target is ops.scaled_mm else arguments(node)[2:4]
-        for codes in (a, b):
+    for node in calls(graph, tuple(_CODES)):
+        for codes in (arguments(node)[index] for index in _CODES[node.target]):
             readers[arguments(codes)[0]].append(sites.get(node.meta["hadagraph_site"], node.name))
     return tuple(
         Shared(node.name, str(arguments(node)[0]), tuple(readers[node]))
-        for node in calls(graph, ops.QUANTIZERS)
+        for node in calls(graph, (*ops.QUANTIZERS, ops.encode))
     )
+
+
+# Where the codes stand among the arguments.
+_CODES: dict[Any, tuple[int, int]] = {
+    ops.scaled_mm: (0, 1),
+    ops.scaled_mm_measured: (2, 3),
+    ops.encoded_mm: (0, 3),
+}
 
 
 def saved_for_backward(

@@ -142,6 +142,40 @@ def unrotate_reference(x: torch.Tensor, dim: int, rotation: Rotation, size: int)
     return _apply_blockwise(x, dim, matrix, rotation.block, True).narrow(dim, 0, size)
 
 
+@lru_cache(maxsize=64)
+def projection_matrix(kept: int, block: int) -> torch.Tensor:
+    """The `kept` rows of lowest sequency (sign changes along the row) of the normalized Walsh
+    matrix: [kept, block], fp64, orthonormal rows."""
+    matrix = hadamard_matrix(block)
+    changes = (matrix[:, 1:] != matrix[:, :-1]).sum(1)
+    return matrix[changes.argsort()[:kept]] * block**-0.5
+
+
+def project_reference(x: torch.Tensor, dim: int, tokens_kept: tuple[int, int]) -> torch.Tensor:
+    """x [.., T, ..] projected along `dim` to the r lowest-sequency Walsh rows of each block of b:
+    [.., ceil(T / b) r, ..]; padded with zeros. Source: HLA of arXiv 2406.15102."""
+    kept, block = tokens_kept
+    matrix = projection_matrix(kept, block).to(x).t()
+    last = x.movedim(dim, -1)
+    padded = torch.nn.functional.pad(last, (0, -last.shape[-1] % block))
+    with torch.autocast(x.device.type, enabled=False):
+        projected = padded.unflatten(-1, (-1, block)) @ matrix
+    return projected.flatten(-2).movedim(-1, dim)
+
+
+def unproject_reference(
+    x: torch.Tensor, dim: int, tokens_kept: tuple[int, int], size: int
+) -> torch.Tensor:
+    """The transpose of `project_reference`: the smooth part of what was projected, cut to `size`
+    along `dim`."""
+    kept, block = tokens_kept
+    matrix = projection_matrix(kept, block).to(x)
+    blocks = x.movedim(dim, -1).unflatten(-1, (-1, kept))
+    with torch.autocast(x.device.type, enabled=False):
+        smooth = (blocks @ matrix).flatten(-2)
+    return smooth.movedim(-1, dim).narrow(dim, 0, size)
+
+
 def padded_size(size: int, multiple: int) -> int:
     """`size` rounded up to a multiple (SymInts welcome)."""
     return (size + multiple - 1) // multiple * multiple

@@ -6,6 +6,7 @@ Exact.
     rotate(unrotate(x))        -> x                             where nothing was cut off
     unrotate(rotate(x))        -> x
     rotate(x), rotate(x)       -> one rotate(x)
+    unrotate(x) + unrotate(y)  -> unrotate(x + y)               through equal views, too
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def cancel_rotations(graph: fx.Graph) -> None:
     rules: dict[Any, Any] = {
         ops.rotate: (cancel_after_unrotate, through_permute, through_view),
         ops.unrotate: (cancel_after_rotate, through_permute, through_view),
+        aten.add.Tensor: (sum_of_unrotated, sum_of_viewed),
     }
     changed = 1
     while changed:
@@ -119,3 +121,45 @@ def _inverse_behind_views(node: fx.Node) -> bool:
         return False
     dim, rotation = arguments(source)[1:3]
     return bool(dim == tensor(source).dim() - 1 and rotation == arguments(node)[2])
+
+
+def sum_of_unrotated(node: fx.Node) -> fx.Node | None:
+    """unrotate(x, ...) + unrotate(y, ...) -> unrotate(x + y, ...), read by nobody else."""
+    if node.kwargs or len(node.args) != 2:
+        return None
+    left, right = arguments(node)
+    if not (_is_own(left, (ops.unrotate,)) and _is_own(right, (ops.unrotate,))):
+        return None
+    (x, *how), (y, *other) = arguments(left), arguments(right)
+    if how != other or left is right or not _are_alike(x, y):
+        return None
+    total = create(node.graph, aten.add.Tensor, (x, y), node)
+    return create(node.graph, ops.unrotate, (total, *how), node)
+
+
+def sum_of_viewed(node: fx.Node) -> fx.Node | None:
+    """view(unrotate(x, last)) + view(unrotate(y, last)) -> view(unrotate(x + y, last)), the views
+    equal: gradients of one input that several matrices multiply."""
+    if node.kwargs or len(node.args) != 2:
+        return None
+    left, right = arguments(node)
+    if not (_is_own(left, VIEWS) and _is_own(right, VIEWS)) or left is right:
+        return None
+    (x, shape), (y, other) = arguments(left), arguments(right)
+    both = _is_own(x, (ops.unrotate,)) and _is_own(y, (ops.unrotate,))
+    if not both or shape != other or left.kwargs or right.kwargs or x is y:
+        return None
+    if arguments(x)[1:] != arguments(y)[1:] or not _are_alike(arguments(x)[0], arguments(y)[0]):
+        return None
+    total = create(node.graph, aten.add.Tensor, (x, y), node)
+    return create(node.graph, left.target, (total, shape), node)
+
+
+def _is_own(node: Any, targets: tuple[Any, ...]) -> bool:
+    """Whether an argument is a call of one of these that has one reader."""
+    return isinstance(node, fx.Node) and node.target in targets and len(node.users) == 1
+
+
+def _are_alike(x: fx.Node, y: fx.Node) -> bool:
+    left, right = tensor(x), tensor(y)
+    return (str(left.shape), left.dtype) == (str(right.shape), right.dtype)

@@ -27,7 +27,10 @@ from hadagraph.recompute import is_cheap, is_view, numel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_ELEMENTS = 1024
-MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, *ops.QUANTIZERS)
+MATMULS = (
+    *(aten.mm.default, aten.addmm.default, aten.bmm.default),
+    *(*ops.QUANTIZERS, ops.encode, ops.rotate, ops.project),
+)
 SOFTMAX = (aten.amax.default, torch.ops.prims.prepare_softmax_online.default)
 DELICATE = tuple(
     getattr(aten, name).default

@@ -19,6 +19,7 @@ from torch import fx
 
 from hadagraph import ops
 from hadagraph.compat import CheckpointPolicy
+from hadagraph.encoded_gemms import EncodedGemms
 from hadagraph.formats import Encoding
 from hadagraph.graph import (
     arguments,
@@ -26,12 +27,13 @@ from hadagraph.graph import (
     backward_nodes,
     create,
     gemms,
+    inner_rotation,
     operand,
     outputs_of,
     tensor,
 )
 from hadagraph.plan import Decision, OperandPlan, Plan
-from hadagraph.recompute import Recomputation, copies_of_saved, from_input, nbytes
+from hadagraph.recompute import Recomputation, copies_of_saved, from_input, nbytes, own_chain
 
 ROWS, COLUMNS = 1, 0  # which dim of the tensor the GEMM contracts
 
@@ -68,7 +70,9 @@ def lower_precision(
     """
     decisions = plan.by_node()
     lowered = {n: decisions[n.name] for n in gemms(graph) if _is_lowered(decisions, n)}
-    uses_of = {node: _uses(node, decision) for node, decision in lowered.items()}
+    general = _general(lowered)
+    explicit = _rotated_for_outputs(lowered)
+    uses_of = {n: _uses(n, d, explicit) for n, d in lowered.items() if n not in general}
     uses = [use for both in uses_of.values() for use in both]
     stay = [n for n in gemms(graph) if n not in lowered]
     if memory not in ("balanced", "min"):
@@ -76,24 +80,63 @@ def lower_precision(
     recomputation = Recomputation(graph, backward_nodes(graph), {*lowered, *stay})
     _recompute_operands(stay, recomputation)
     quantized, recomputed = _Quantizer(graph, uses, recomputation).run()
+    encoded = EncodedGemms(graph, general, recomputation, measure)
     for node in gemms(graph):
         with graph.inserting_before(node):
-            if node in lowered:
+            if node in general:
+                result = encoded.emit(node)
+                if memory == "exact" and _projects_attention(encoded.sources(node), recomputation):
+                    recomputation.tag(recomputation.sums(node))
+                    recomputation.tag(encoded.made_for(node))
+            elif node in lowered:
                 left, right = quantized[node, 0], quantized[node, 1]
                 site = lowered[node].site
                 name = f"{site.name}:{site.role}" if measure else None
                 result = _scaled_mm(node, left, right, name)
-                if memory == "exact" and _projects_attention(uses_of[node], recomputation):
+                sources = (node, *(use.source for use in uses_of[node]))
+                if memory == "exact" and _projects_attention(sources, recomputation):
                     recomputation.tag(recomputation.sums(node))
                     recomputation.tag(_with_quantizers(result, (left, right)))
             else:
                 result = _high_precision(node)
         result.meta["hadagraph_site"] = node.name
         node.replace_all_uses_with(result)
+        encoded.replaced(node, result)
     for node in reversed(list(gemms(graph))):
         graph.erase_node(node)
     graph.eliminate_dead_code()
+    recomputed |= encoded.recomputed
     return replace(plan, decisions=tuple(_with_saved(d, recomputed) for d in plan.decisions))
+
+
+def _general(lowered: dict[fx.Node, Decision]) -> dict[fx.Node, Decision]:
+    """The GEMMs that the 8-bit kernels don't take, and those whose codes others of them decode."""
+    general = {n: d for n, d in lowered.items() if not (_plain(d.lhs) and _plain(d.rhs))}
+    decoded = {
+        decision.forward
+        for decision in general.values()
+        if "forward" in (plan.reads for plan in (decision.lhs, decision.rhs) if plan)
+    }
+    return {n: d for n, d in lowered.items() if n in general or n.name in decoded}
+
+
+def _plain(plan: OperandPlan | None) -> bool:
+    return plan is not None and plan.is_plain
+
+
+def _rotated_for_outputs(lowered: dict[fx.Node, Decision]) -> frozenset[fx.Node]:
+    """The rotations along a kept dim: tensors of their own, which other GEMMs may contract along
+    that dim and then share."""
+    found = set()
+    for node, decision in lowered.items():
+        for argument, plan in zip(arguments(node)[:2], (decision.lhs, decision.rhs), strict=True):
+            if plan is None or plan.outer is None:
+                continue
+            base = operand(argument).base
+            if plan.rotation is not None:
+                base = arguments(base)[0]
+            found.add(base)
+    return frozenset(found)
 
 
 def _that_share_an_operand(stay: list[fx.Node], sources: set[fx.Node]) -> list[fx.Node]:
@@ -110,12 +153,14 @@ def _recompute_operands(stay: list[fx.Node], recomputation: Recomputation) -> No
             recomputation.tag(recomputation.chain(source, nbytes(source) // 8) or ())
 
 
-def _projects_attention(uses: list[Use], recomputation: Recomputation) -> bool:
+def _projects_attention(
+    gemm_and_operands: tuple[fx.Node, ...], recomputation: Recomputation
+) -> bool:
     """Whether a forward GEMM multiplies attention's output, which the backward has anyway, by a
     parameter. One GEMM of the width squared, repeated, saves the residual stream behind it."""
-    x, w = (use.source for use in uses)
+    gemm, x, w = gemm_and_operands
     backward, changed = recomputation.backward, recomputation.changed
-    if uses[0].gemm in backward or from_input(x) or not from_input(w, changed):
+    if gemm in backward or from_input(x) or not from_input(w, changed):
         return False
     return x not in backward and copies_of_saved(x, backward, changed) is not None
 
@@ -129,17 +174,24 @@ def _is_lowered(decisions: dict[str, Decision], node: fx.Node) -> bool:
     return node.name in decisions and decisions[node.name].lowered
 
 
-def _uses(node: fx.Node, decision: Decision) -> list[Use]:
+def _uses(node: fx.Node, decision: Decision, explicit: frozenset[fx.Node]) -> list[Use]:
     sides = ((decision.lhs, decision.site.lhs), (decision.rhs, decision.site.rhs))
-    return [_use(node, side, plan, named) for side, (plan, named) in enumerate(sides) if plan]
+    return [
+        _use(node, side, plan, named, explicit) for side, (plan, named) in enumerate(sides) if plan
+    ]
 
 
-def _use(node: fx.Node, side: int, plan: OperandPlan, named: str) -> Use:
+def _use(
+    node: fx.Node, side: int, plan: OperandPlan, named: str, explicit: frozenset[fx.Node]
+) -> Use:
     seen = operand(arguments(node)[side])
     source = seen.base
     if plan.rotation is not None:
-        assert source.target is ops.rotate and arguments(source)[1] == seen.contracted_dim, source
-        source = arguments(source)[0]
+        inner = inner_rotation(arguments(node)[side])
+        if inner is None or inner in explicit:  # the tensor itself is rotated
+            plan = replace(plan, rotation=None)
+        else:
+            source = arguments(inner)[0]
     return Use(node, side, source, seen.contracted_dim, plan.encoding, named)
 
 
@@ -189,8 +241,12 @@ class _Quantizer:
         get codes: none where it is there anyway, as an input or as what an opaque backward op
         saves; its cast, or the norm or activation function that made it. None: save the codes."""
         if source not in self.chains:
-            chain = copies_of_saved(source, self.backward, self.recomputation.changed)
-            if chain is None:
+            own = own_chain(source)
+            behind = arguments(own[-1])[0] if own else source
+            chain = copies_of_saved(behind, self.backward, self.recomputation.changed)
+            if own:  # rotations take a pass of their own: only weights are rotated again
+                chain = None if chain is None else (*own, *chain)
+            elif chain is None:
                 codes = nbytes(source) // tensor(source).element_size()
                 chain = self.recomputation.chain(source, codes // 4)
             self.chains[source] = chain
@@ -251,9 +307,12 @@ def _scaled_mm(node: fx.Node, left: Quantized, right: Quantized, measured: str |
 
 
 def _without_rotation(node: fx.Node, side: int) -> fx.Node:
-    """The GEMM's operand [kept, contracted] as it was before insert_rotations."""
+    """The GEMM's operand [kept, contracted] without the rotation along the contracted dim, where
+    both of them have one."""
     seen = operand(arguments(node)[side])
-    base = arguments(seen.base)[0] if seen.base.target is ops.rotate else seen.base
+    base = seen.base
+    if all(inner_rotation(argument) is not None for argument in arguments(node)[:2]):
+        base = arguments(base)[0]
     assert isinstance(base, fx.Node)
     if seen.contracted_dim == ROWS:
         return base

@@ -6,35 +6,29 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import fx
 
-from hadagraph import ops
 from hadagraph.compat import static_hint
-from hadagraph.cost import Gemm, Matrix, Use
 from hadagraph.device import DeviceProfile
-from hadagraph.formats import PER_TENSOR, format_named
-from hadagraph.graph import (
-    CASTS,
-    TRANSPOSES,
-    VIEWS,
-    arguments,
-    backward_nodes,
-    gemms,
-    layout_source,
-    operand,
-    tensor,
-)
-from hadagraph.plan import Decision, OperandPlan, Plan
+from hadagraph.graph import arguments, gemms, tensor
+from hadagraph.parts import Reading, is_priced, readings
+from hadagraph.plan import Decision, Plan, Predicted
 from hadagraph.selection import Candidate, Part, Search
 
 log = logging.getLogger(__name__)
 
 
 def never_slower(
-    graph: fx.Graph, plan: Plan, profile: DeviceProfile, *, host: bool = True, fused: bool = True
+    graph: fx.Graph,
+    plan: Plan,
+    profile: DeviceProfile,
+    *,
+    host: bool = True,
+    fused: bool = True,
 ) -> Plan:
     """The plan without what would lose, each GEMM with its reason; `plan.note` says what is
     predicted.
@@ -43,7 +37,9 @@ def never_slower(
     whether quantizers compute their input where it is pointwise. Sizes that are symbols count as
     they were traced. An override that names a GEMM is obeyed, whatever is predicted.
     """
-    members = _parts(graph, plan, fused)
+    compared = {d.site.node: d for d in plan.decisions if _is_compared(d, profile)}
+    nodes = [node for node in gemms(graph) if node.name in compared]
+    members = [_part(group, compared) for group in readings(graph, nodes, fused)]
     by_part: dict[Part, list[list[str]]] = defaultdict(list)
     for part, names in members:
         by_part[part].append(names)
@@ -66,7 +62,9 @@ def never_slower(
         f"{symbols}"
     )
     log.info(note)
-    return replace(plan, decisions=tuple(decisions), note=note)
+    note = "\n".join(filter(None, (plan.note, note)))
+    predicted = Predicted(choice.us, choice.all_us, choice.none_us)
+    return replace(plan, decisions=tuple(decisions), note=note, predicted=predicted)
 
 
 def _without(decision: Decision, reasons: dict[str, str], symbols: str) -> Decision:
@@ -89,112 +87,23 @@ def _symbols(graph: fx.Graph) -> str:
     return "".join(f"; {symbol} = {size} as traced" for symbol, size in found.items())
 
 
-# -------------------------------------------------------------------------- reading the graph
-
-
-def _parts(graph: fx.Graph, plan: Plan, fused: bool) -> list[tuple[Part, list[str]]]:
-    """The parts of a graph, each with its GEMM nodes' names; alike parts are equal."""
-    decisions = plan.by_node()
-    backward = backward_nodes(graph)
-    lowered = [n for n in gemms(graph) if n.name in decisions and decisions[n.name].lowered]
-    return [_part(nodes, decisions, backward, fused) for nodes in _connected(lowered)]
-
-
-def _sources(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    left, right = (operand(argument).base for argument in arguments(node)[:2])
-    return left, right
-
-
-def _connected(nodes: list[fx.Node]) -> list[list[fx.Node]]:
-    """GEMMs that share operands, in graph order."""
-    parent = {node: node for node in nodes}
-
-    def root(node: fx.Node) -> fx.Node:
-        while parent[node] is not node:
-            node = parent[node]
-        return node
-
-    reader: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        for source in _sources(node):
-            parent[root(node)] = root(reader.setdefault(source, node))
-    groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-    for node in nodes:
-        groups[root(node)].append(node)
-    return list(groups.values())
+def _is_compared(decision: Decision, profile: DeviceProfile) -> bool:
+    """Whether predictions may give this GEMM back: not where a device has no GEMM of its formats,
+    which are chosen for their numbers then, and not for their speed."""
+    lhs = decision.lhs
+    return lhs is not None and decision.is_native and is_priced(lhs.encoding, profile)
 
 
 def _part(
-    nodes: list[fx.Node],
-    decisions: dict[str, Decision],
-    backward: frozenset[fx.Node],
-    fused: bool,
+    group: Mapping[fx.Node, Reading], decisions: Mapping[str, Decision]
 ) -> tuple[Part, list[str]]:
-    matrices: dict[fx.Node, Matrix] = {}
     linears: dict[str, int] = {}
     candidates = []
-    for node in nodes:
+    for node, reading in group.items():
         decision = decisions[node.name]
-        uses = []
-        for argument, plan in zip(arguments(node)[:2], (decision.lhs, decision.rhs), strict=True):
-            assert plan is not None
-            seen = operand(argument)
-            matrix = matrices.setdefault(seen.base, _matrix(seen.base, len(matrices), fused))
-            kind = _kind(plan)
-            encoding = str(plan.encoding)
-            uses.append(Use(matrix, seen.contracted_dim, encoding, kind, node in backward))
-        left, right = (tensor(argument) for argument in arguments(node)[:2])
-        gemm = Gemm(
-            static_hint(left.shape[0]),
-            static_hint(right.shape[0]),
-            static_hint(left.shape[1]),
-            _format(decision.lhs),
-            "fp32" if left.dtype == torch.float32 else "bf16",
-            (uses[0], uses[1]),
-        )
+        assert decision.lhs is not None and decision.rhs is not None
+        gemm = reading.gemm(decision.lhs.encoding, decision.rhs.encoding)
         linear = linears.setdefault(decision.site.name, len(linears))
-        asked = decision.asked or not all(map(_is_known, (*left.shape, *right.shape)))
+        asked = decision.asked or not reading.known
         candidates.append(Candidate(gemm, decision.site.role, linear, asked))
-    return Part(tuple(candidates)), [node.name for node in nodes]
-
-
-def _is_known(size: int | torch.SymInt) -> bool:
-    """Whether a size had a value when it was traced; one that depends on data had none, and a
-    matmul of it stays as the recipe has it."""
-    return isinstance(size, int) or size.node.has_hint()
-
-
-def _matrix(source: fx.Node, key: int, fused: bool) -> Matrix:
-    value = tensor(source)
-    T, K = (static_hint(size) for size in value.shape)
-    maker = layout_source(source)
-    target = maker.target
-    pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-    return Matrix(
-        key,
-        T,
-        K,
-        value.element_size(),
-        given=maker.op == "placeholder",
-        fused=fused and pointwise and _only_gemms_read(maker),
-    )
-
-
-def _only_gemms_read(node: fx.Node) -> bool:
-    """Whether every reader of a tensor, behind views and casts, is a GEMM."""
-    layouts = (*VIEWS, *TRANSPOSES, *CASTS)
-    return all(
-        user.target is ops.gemm or (user.target in layouts and _only_gemms_read(user))
-        for user in node.users
-    )
-
-
-def _kind(plan: OperandPlan) -> str:
-    if plan.granularity == PER_TENSOR:
-        return "per_tensor"
-    return "plain" if plan.rotation is None else "rotated"
-
-
-def _format(plan: OperandPlan | None) -> str:
-    assert plan is not None
-    return "int8" if format_named(plan.format).is_integer else "fp8"
+    return Part(tuple(candidates)), [node.name for node in group]

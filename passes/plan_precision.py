@@ -6,12 +6,13 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from hadagraph.auto import AUTO, BLOCK_SCALED, BLOCK_SCALED_CAPABILITY, CANDIDATES
 from hadagraph.config import Config
 from hadagraph.formats import format_named
 from hadagraph.graph import (
@@ -26,9 +27,10 @@ from hadagraph.graph import (
     operand,
     tensor,
 )
-from hadagraph.plan import Decision, GemmSite, OperandPlan, Plan
-from hadagraph.recipes import OPERANDS, OperandRule, Recipe, recipe_named
-from hadagraph.rotation import Rotation, block_for
+from hadagraph.operands import operand_plans
+from hadagraph.plan import Candidate, Decision, GemmSite, OperandPlan, Plan
+from hadagraph.recipes import OPERANDS, OperandRule, Recipe, load_recipe
+from hadagraph.selectors import select_rules
 
 log = logging.getLogger(__name__)
 _NOT_OURS = "not a plain product of two floating-point matrices"
@@ -65,15 +67,18 @@ def plan_precision(
         backward_nodes(graph)
     )
     decisions = []
+    by_node: dict[fx.Node, Decision] = {}
     for gemm, site in zip(found, _sites(found), strict=True):
-        decisions.append(_decide(gemm, site, config, training, capability))
+        forward = by_node.get(gemm.forward) if gemm.forward is not None else None
+        by_node[gemm.node] = _decide(gemm, site, config, training, capability, forward)
+        decisions.append(by_node[gemm.node])
     _warn_of_idle_overrides(config, [decision.site for decision in decisions])
     decisions += _left_alone(graph)
     for decision in decisions:
         if decision.reason:
             name, role = decision.site.name, decision.site.role
             log.info("%s %s stays in high precision: %s", name, role, decision.reason)
-    return Plan(config.recipe, tuple(decisions))
+    return Plan(config.recipe_name, tuple(decisions))
 
 
 def group_linears(graph: fx.Graph) -> list[Gemm]:
@@ -200,6 +205,7 @@ def _decide(
     config: Config,
     training: bool,
     capability: tuple[int, int] | None,
+    forward: Decision | None,
 ) -> Decision:
     recipe, override = _recipe_for(site, config)
     reason = _structural_reason(gemm, config) or _kept(gemm, site, config, override)
@@ -207,41 +213,68 @@ def _decide(
         reason = "option eval='bf16'"
     if reason is not None:
         return Decision(site, reason=reason)
-    pair = recipe.rules(site.role)
+    seen = None
+    if config.profile is not None:
+        seen = config.profile.site(site.name, site.role, OPERANDS[site.role][0])
+    pair, why = select_rules(recipe, site.role, seen)
     if pair is None:
         where = f"override {override!r}" if override else "recipe"
-        return Decision(site, reason=f"{where}: {recipe.name} leaves {site.role} as it is")
-    for rule in pair:
-        needed = format_named(rule.format).min_capability
-        if capability is not None and capability < needed:
-            return Decision(
-                site, reason=f"{rule.format} needs compute capability {needed}, have {capability}"
-            )
+        why = why or f"{recipe.name} leaves {site.role} as it is"
+        return Decision(site, reason=f"{where}: {why}")
+    left, right = _plans(pair, gemm, site, capability, forward, recipe.clip_masked)
+    if left.is_plain and right.is_plain:
+        for rule in pair:
+            needed = format_named(rule.format).min_capability
+            if capability is not None and capability < needed:
+                reason = f"{rule.format} needs compute capability {needed}, have {capability}"
+                return Decision(site, reason=reason)
+    candidates: tuple[Candidate, ...] = ()
+    if recipe.name == AUTO:
+        candidates = _candidates(gemm, site, config, capability)
+    return Decision(
+        site,
+        left,
+        right,
+        asked=override is not None,
+        why=why,
+        candidates=candidates,
+        forward=None if forward is None else forward.site.node,
+    )
+
+
+def _plans(
+    pair: tuple[OperandRule, OperandRule],
+    gemm: Gemm,
+    site: GemmSite,
+    capability: tuple[int, int] | None,
+    forward: Decision | None = None,
+    clip_masked: bool = False,
+) -> tuple[OperandPlan, OperandPlan]:
     if _is_transposed_gradient(gemm):
         pair = pair[1], pair[0]
-    contracted = tensor(arguments(gemm.node)[0]).shape[1]
-    left, right = (_operand_plan(rule, contracted) for rule in pair)
-    left, right = _with_saved(left, site.lhs, site), _with_saved(right, site.rhs, site)
-    return Decision(site, left, right, asked=override is not None)
+    left, right = (tensor(argument).shape for argument in arguments(gemm.node)[:2])
+    kept = left[0], right[0]
+    return operand_plans(pair, site, kept, left[1], capability, forward, clip_masked)
 
 
-def _with_saved(plan: OperandPlan, named: str, site: GemmSite) -> OperandPlan:
-    """Codes of activations are saved for grad_weight; weights are quantized again."""
-    if site.role == "grad_weight" and named == "input":
-        return replace(plan, saved="codes")
-    if site.role == "grad_input" and named == "weight":
-        return replace(plan, saved="recompute")
-    return plan
-
-
-def _operand_plan(rule: OperandRule, contracted: int | torch.SymInt) -> OperandPlan:
-    rotation = None
-    if rule.max_block is not None:
-        block = rule.max_block  # of a symbolic dim: padding makes any block right
-        if isinstance(contracted, int):
-            block = block_for(contracted, rule.max_block)
-        rotation = Rotation(block, rule.signs)
-    return OperandPlan(rule.format, rule.granularity, rotation)
+def _candidates(
+    gemm: Gemm,
+    site: GemmSite,
+    config: Config,
+    capability: tuple[int, int] | None,
+) -> tuple[Candidate, ...]:
+    """What recipe `auto` chooses from for this GEMM, the recipe's own rules first."""
+    found = []
+    tables = CANDIDATES | BLOCK_SCALED if config.target is not None else CANDIDATES
+    for name, pairs in tables.items():
+        pair = pairs[site.role]
+        least = max(format_named(rule.format).min_capability for rule in pair)
+        if name in BLOCK_SCALED:
+            least = max(least, BLOCK_SCALED_CAPABILITY)
+        if capability is not None and capability < least:
+            continue
+        found.append(Candidate(name, *_plans(pair, gemm, site, capability)))
+    return tuple(found)
 
 
 def _structural_reason(gemm: Gemm, config: Config) -> str | None:
@@ -280,12 +313,12 @@ def _is_tied_head(gemm: Gemm) -> bool:
 
 def _recipe_for(site: GemmSite, config: Config) -> tuple[Recipe, str | None]:
     """The site's recipe, and the override that set it."""
-    recipe, chosen = recipe_named(config.recipe), None
+    recipe, chosen = load_recipe(config.recipe), None
     path = site.name.partition("#")[0]
-    for pattern, name in config.overrides:
+    for pattern, other in config.overrides:
         module, colon, role = pattern.rpartition(":")
         if colon and role != site.role:
             continue
         if fnmatch.fnmatchcase(path, module if colon else pattern):
-            recipe, chosen = recipe_named(name), pattern
+            recipe, chosen = load_recipe(other), pattern
     return recipe, chosen

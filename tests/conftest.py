@@ -1,5 +1,5 @@
-"""Shared by all tests: hypothesis profiles, the `gpu` marker, a seed, and an environment without
-hadagraph's variables."""
+"""Shared by all tests: hypothesis profiles, the `gpu` marker, `--update-golden`, a seed, and an
+environment without hadagraph's variables."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ class TorchRandom:
 
 TORCH_RANDOM = TorchRandom()
 hypothesis.register_random(TORCH_RANDOM)  # type: ignore[arg-type]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--update-golden", default=False))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -92,6 +92,8 @@ def test_dynamic_shapes_and_cuda_graphs():
                 assert decibels(gradient, want[1][name]) >= 19, (options, name)
 
 
+# Inductor's tuning of reductions, by time, may choose another order of summation in another run.
+UNTUNED = {"deterministic": True} if "deterministic" in compat.inductor_option_names() else {}
 STEPS = 7  # CUDA graphs: two runs to warm up, one that records, then replays
 
 
@@ -107,7 +109,7 @@ def trained(options, batches):
     compiled = torch.compile(
         lambda x, y: (model(x).float() - y).square().mean(),
         backend="hadagraph",
-        options={**LOWERED, **options},
+        options={**LOWERED, **UNTUNED, **options},
     )
     x, y = (torch.empty(96, 48, device="cuda", dtype=d) for d in (torch.bfloat16, torch.float32))
     losses = []

@@ -53,6 +53,47 @@ ACCEPTED = {
         torch.float32,
     ),
 }
+ENCODING = "fp4_e2m1/block_contracted(32)/e8m0"
+
+
+def encoded(x, encoding=ENCODING, dim=1):
+    return ops.encode(x, None, encoding, dim, 0)
+
+
+def encoded_mm(x, y, bias=None):
+    return ops.encoded_mm(*x, *y, bias, ENCODING, ENCODING, torch.float32)
+
+
+ACCEPTED |= {
+    "codes of a rotated tensor": lambda x, y: plain(
+        ops.scaled_mm(
+            ops.quantize_columns(rotate(x, 1, "h16"), "int8/per_tensor")[0],
+            ops.quantize_rows(y, "int8/per_tensor")[0],
+            x[:, 0],
+            y[:, 0],
+            None,
+            torch.float32,
+        ),
+        0,
+    ),
+    "encoded of a rotated and a rotating one": lambda x, y: encoded_mm(
+        encoded(rotate(x, 1, "h32")), encoded(y, ENCODING + "/h32")
+    ),
+    "encoded along the first dim keeps the other": lambda x, y: plain(
+        encoded_mm(encoded(x, dim=0), encoded(rotate(y, 1, "h16"), dim=0)), 1
+    ),
+    "decoded codes are in their basis": lambda x, y: plain(
+        ops.decode(*encoded(x, ENCODING + "/h32"), ENCODING + "/h32", 1, 32, torch.float32),
+        1,
+        "h32",
+    ),
+    "projected and taken back": lambda x, y: ops.unproject(
+        torch.mm(ops.project(x, 0, 8, 16), y), 0, 8, 16, 32
+    ),
+    "a mask in the rotated basis": lambda x, y: plain(
+        torch.where(x > 0, rotate(x, 1, "h16"), torch.zeros(()))
+    ),
+}
 REFUSED = {
     "a rotated output": (lambda x, y: rotate(x, 1, "h16"), "rotate.*graph output, but rotated"),
     "gemm of different blocks": (
@@ -100,7 +141,7 @@ REFUSED = {
         "add.*adds tensors in different bases",
     ),
     "quantizing a rotated tensor": (
-        lambda x, y: ops.quantize_rows(rotate(x, 1, "h16"), "int8/per_tensor")[1],
+        lambda x, y: ops.quantize_rows(rotate(x, 1, "h16"), "int8/per_tensor/h32")[1],
         "quantize_rows.*quantizes a rotated tensor",
     ),
     "scaled_mm of different rotations": (
@@ -113,6 +154,22 @@ REFUSED = {
             torch.float32,
         ),
         "scaled_mm.*contracts h16 with h32",
+    ),
+    "encoded_mm of different rotations": (
+        lambda x, y: encoded_mm(encoded(x, ENCODING + "/h32"), encoded(y)),
+        "encoded_mm.*contracts h32 with None",
+    ),
+    "a bias on rotated codes": (
+        lambda x, y: encoded_mm(encoded(x), encoded(rotate(y, 0, "h16")), y[:, 0]),
+        "encoded_mm.*adds a plain bias",
+    ),
+    "a projection that is not taken back": (
+        lambda x, y: ops.project(x, 0, 8, 16),
+        "project.*graph output, but rotated",
+    ),
+    "a mask of rotated values": (
+        lambda x, y: torch.where(x > 0, torch.zeros(()), rotate(x, 1, "h16")),
+        "where.*different bases",
     ),
     "a plain op on rotated codes": (
         lambda x, y: ops.quantize_rows(x, "int8/per_tensor/h16")[0].float(),

@@ -61,4 +61,4 @@ def test_a_second_process_runs_no_pass_and_a_changed_option_compiles_anew(tmp_pa
     assert changed["gradient"] != first["gradient"]
     # A dump must show the passes at work, whatever is cached.
     assert run(cache, {"dump": str(tmp_path / "dump")})["passes"] == 1
-    assert (tmp_path / "dump" / "graph_00" / "06_lower_precision.diff").exists()
+    assert list((tmp_path / "dump" / "graph_00").glob("*_lower_precision.diff"))

@@ -7,10 +7,23 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hadagraph import compat
 from hadagraph.config import Config, parse_options
-from hadagraph.recipes import DEFAULT_RECIPE
+from hadagraph.profile import Profile
+from hadagraph.recipes import DEFAULT_RECIPE, load_recipe
+from hadagraph.statistics import observed, site_statistics
+
+
+def make_profile() -> Profile:
+    """A calibration that saw one matmul."""
+    x = torch.randn(32, 64)
+    sums, maxima = observed(x, x, x @ x.t())
+    site = site_statistics("x", "output", ("input", "weight"), (32, 32, 64), sums, maxima)
+    assert site is not None
+    return Profile((site,))
+
 
 REFUSALS = {
     "recipe": ("int3", "recipe must be one of .*int8_rotated.*got 'int3'"),
@@ -22,6 +35,10 @@ REFUSALS = {
     "measure": (True, "measure=True needs executor='eager'"),
     "overrides": ({"*": "int3"}, r"overrides\['\*'\] must be one of .*got 'int3'"),
     "keep": (["lm_head", 3], "keep must hold globs, got 3"),
+    "error_budget_db": (-1.0, "error_budget_db must be a finite number of dB above 0, got -1.0"),
+    "target": ("b1", "target must be one of .*got 'b1'"),
+    "calibrate_steps": (-1, "calibrate_steps must not be negative, got -1"),
+    "profile": ("no/such.json", "profile must be a Profile or the path of one.*no/such.json"),
 }
 ILL_TYPED = {
     "recipe": 8,
@@ -37,6 +54,10 @@ ILL_TYPED = {
     "debug": 1,
     "measure": "yes",
     "mode": 3,
+    "error_budget_db": "30",
+    "target": 9,
+    "calibrate_steps": True,
+    "profile": 3,
 }
 OTHER = {
     "recipe": "fp8_rowwise",
@@ -50,7 +71,13 @@ OTHER = {
     "memory": "min",
     "debug": True,
     "mode": "max-autotune-no-cudagraphs",
+    "error_budget_db": 25.0,
+    "target": "b200",
+    "calibrate_steps": 3,
+    "profile": make_profile(),
 }
+# What is no option of the user's, or takes several.
+INTERNAL = {"inductor", "observer"}
 
 
 def test_defaults():
@@ -103,7 +130,7 @@ def test_an_unknown_option_is_refused_with_the_allowed_ones():
 
 
 def test_every_field_is_an_option_and_refuses_wrong_types():
-    assert {field.name for field in fields(Config)} - {"inductor"} == set(ILL_TYPED)
+    assert {field.name for field in fields(Config)} - INTERNAL == set(ILL_TYPED)
 
 
 def test_inductors_options_pass_through():
@@ -156,7 +183,9 @@ def test_the_cache_key_covers_every_option_but_the_dump():
     keys.add(parse_options(None, {"executor": "eager", "measure": True}).cache_key())
     keys.add(parse_options(None, {"max_autotune": True}).cache_key())
     assert len(keys) == 1 + len(OTHER) + 2
-    assert set(OTHER) | {"measure", "dump", "inductor"} == {field.name for field in fields(Config)}
+    covered = set(OTHER) | {"measure", "dump"} | INTERNAL
+    assert covered == {field.name for field in fields(Config)}
+    assert Config(observer=1).cache_key() != Config(observer=2).cache_key()
     assert replace(Config(), dump="x").cache_key() == Config().cache_key()
 
 
@@ -172,3 +201,36 @@ def test_ill_typed_inductor_options_and_impossible_dumps_are_refused(tmp_path):
     blocked.write_text("")
     with pytest.raises(ValueError, match="option dump must be a folder"):
         parse_options(None, {"dump": str(blocked / "dump")})
+
+
+def test_a_recipe_of_the_users_own(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "int8_rotated"\ngrad_input = "bf16"\n')
+    mine = {"base": "int8_rotated", "grad_input": "bf16", "name": "mine"}
+    config = parse_options(None, {"recipe": str(path), "overrides": {"*.down": mine, "*.up": path}})
+    made = load_recipe(path)
+    assert config.recipe == made
+    assert config.recipe_name == "mine"
+    assert config.overrides == (("*.down", load_recipe(mine)), ("*.up", made))
+    assert Config().recipe_name == DEFAULT_RECIPE
+    path.write_text("")
+    assert config.recipe == made, "what the file said when it was read"
+
+
+def test_recipes_of_ones_own_are_in_the_cache_key(tmp_path):
+    keys = {
+        parse_options(
+            None, {"recipe": {"base": "int8", "output": {"max_block": block}}}
+        ).cache_key()
+        for block in (16, 32)
+    }
+    assert len(keys) == 2
+
+
+def test_a_wrong_recipe_of_the_users_own_is_refused_by_option():
+    with pytest.raises(ValueError, match="option recipe: recipe 'custom': unknown field 'output2'"):
+        parse_options(None, {"recipe": {"output2": "int8"}})
+    with pytest.raises(ValueError, match=r"overrides\['\*'\]: recipe 'custom', role 'output'"):
+        parse_options(None, {"overrides": {"*": {"output": 3}}})
+    with pytest.raises(ValueError, match="option recipe must be a file that can be read"):
+        parse_options(None, {"recipe": "missing.toml"})

@@ -11,22 +11,36 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A file may import from earlier layers and, in a layer of several files, only where PEERS says so.
 LAYERS = (
-    ("compat", "formats", "rotation", "region", "device"),
-    ("reference",),
-    ("ops",),
-    ("graph",),
-    ("basis", "rewrite", "recompute", "packing", "producers", "traffic", "cost", "recipes"),
-    ("config", "plan", "verify", "selection", "fitting"),
-    ("reports",),
+    ("compat", "formats", "rotation", "region", "device", "philox", "seeds", "shapes"),
+    ("reference", "codec", "rules", "profile"),
+    ("encode", "published", "statistics"),
+    ("observation",),
+    ("ops", "recipe_text", "recipe_table", "error"),
+    ("graph", "selectors"),
+    (
+        "basis",
+        "rewrite",
+        "recompute",
+        "packing",
+        "encoded_nodes",
+        "producers",
+        "traffic",
+        "cost",
+        "recipes",
+    ),
+    ("config", "plan", "verify", "selection", "fitting", "auto", "parts", "operands"),
+    ("reports", "encoded_gemms", "alternatives"),
     ("dump",),
     ("passes", "codegen"),
     ("measurement",),
-    ("backend",),
+    ("backend", "comparison"),
     ("explanation",),
-    ("__init__", "cli"),
+    ("calibration",),
+    ("__init__",),
+    ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-PEERS = {("formats", "rotation"), ("traffic", "producers")}
+PEERS = {("formats", "rotation"), ("traffic", "producers"), ("operands", "plan")}
 PRIVATE = ("torch._inductor", "torch._dynamo", "torch._functorch")
 TRITON_FREE = ("rotation", "formats", "reference", "ops", "region", "plan", "recipes", "graph")
 SOURCES = sorted(

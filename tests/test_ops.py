@@ -12,16 +12,33 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hadagraph import ops
-from hadagraph.formats import PER_KEPT_INDEX, PER_TENSOR, QUANTIZED_FORMATS, Encoding
+from hadagraph.formats import PER_KEPT_INDEX, PER_TENSOR, PLAIN_FORMATS, Encoding
+from hadagraph.observation import Key, Observer
 from hadagraph.rotation import Fixed, Rotation, padded_size
 
 ROTATIONS = ("h2", "h16", "h64:fixed(3)")
 ENCODINGS = [
     str(Encoding(name, granularity, rotation))
-    for name in QUANTIZED_FORMATS
+    for name in PLAIN_FORMATS
     for granularity in (PER_TENSOR, PER_KEPT_INDEX)
     for rotation in (None, Rotation(16, Fixed(2)))
 ]
+# Every format, granularity, scale format, fit, and what draws.
+GENERAL = (
+    "int8/per_tensor/stochastic",
+    "int4/per_kept_index/h16",
+    "int4/per_tensor/mse",
+    "int8/per_tensor/keep8of16",
+    "int4/per_tensor/keep3of8",
+    "fp6_e3m2/block_2d(16)/e8m0",
+    "fp6_e2m3/block_contracted(32)/ue5m3",
+    "fp8_e4m3/block_contracted(128)",
+    "fp8_e5m2/block_2d(32)/e8m0/ceil",
+    "fp4_e2m1/block_contracted(32)/h32:per_step(a)/e8m0/stochastic/three_quarters",
+    "fp4_e2m1/block_contracted(16)/ue4m3/four_six/prescale",
+    "fp4_e2m1/block_2d(16)/h16:fixed(3)/ue4m3/prescale",
+)
+SEED = torch.tensor([3])
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -116,6 +133,65 @@ def test_scaled_mm(x, encoding, out_dtype, with_bias, measured):
         assert ops.MEASURED.pop("site") is not None
 
 
+@given(matrices((*FLOATS, torch.float64)), st.integers(0, 1), st.sampled_from(((8, 16), (1, 2))))
+def test_projections(x, dim, kept):
+    small = assert_fake_agrees(ops.project, x, dim, *kept)
+    back = assert_fake_agrees(ops.unproject, small, dim, *kept, x.shape[dim])
+    assert back.shape == x.shape
+
+
+@given(matrices((torch.float32, torch.float64)), st.integers(0, 1))
+def test_rotations_by_signs_of_the_step(x, dim):
+    turned = assert_fake_agrees(ops.rotate, x, dim, "h16:per_step(a)", SEED)
+    back = assert_fake_agrees(ops.unrotate, turned, dim, "h16:per_step(a)", x.shape[dim], SEED)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-3)  # two fp32 sums of 16 up to 256
+
+
+def test_next_seed():
+    seeds = [assert_fake_agrees(ops.next_seed, torch.device("cpu")) for _ in range(3)]
+    assert len({int(seed) for seed in seeds}) == 3
+
+
+@given(
+    matrices(),
+    st.sampled_from((*GENERAL, *ENCODINGS)),
+    st.integers(0, 1),
+    st.sampled_from(OUT_DTYPES),
+)
+def test_encode_and_decode(x, encoding, dim, dtype):
+    encoded = assert_fake_agrees(ops.encode, x, SEED, encoding, dim, 5)
+    size = Encoding.parse(encoding).transformed_size(x.shape[dim])
+    assert_fake_agrees(ops.decode, *encoded, encoding, dim, size, dtype)
+    mask = assert_fake_agrees(ops.clip_mask, x, SEED, encoding, dim)
+    assert mask.shape[dim] == size
+
+
+@given(
+    matrices(),
+    st.sampled_from((*GENERAL, *ENCODINGS)),
+    st.sampled_from(GENERAL),
+    st.sampled_from(OUT_DTYPES),
+    st.booleans(),
+)
+def test_encoded_mm(x, left, right, out_dtype, with_bias):
+    a = ops.encode(x, SEED, left, 1, 0)
+    b = ops.encode(torch.ones(5, x.shape[1]), SEED, right, 1, 0)
+    bias = torch.ones(5, dtype=out_dtype) if with_bias else None
+    assert_fake_agrees(ops.encoded_mm, *a, *b, bias, left, right, out_dtype)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS[::5])
+def test_encode_is_the_plain_quantizer_too(encoding):
+    x = torch.randn(20, 48)
+    codes, scale, tensor_scale = ops.encode(x, None, encoding, 1, 0)
+    plain_codes, plain_scale = ops.quantize_rows(x, encoding)
+    # One rotates unnormalized and scales after, the other before.
+    torch.testing.assert_close(scale, plain_scale, rtol=1e-6, atol=0)
+    differing = codes.view(torch.uint8) != plain_codes.view(torch.uint8)
+    assert differing.float().mean() < 1e-2
+    assert tensor_scale.tolist() == [1.0]
+
+
 def test_measured_sqnr_is_that_of_the_codes():
     x, w = torch.randn(16, 64), torch.randn(32, 64)
     encoding = str(Encoding("int8", PER_KEPT_INDEX))
@@ -174,6 +250,9 @@ def _samples():
         "mul %0 %1; add %4 %2; mul %5 %3; exp %0; out %6 bf16; out %7 fp32"
     )
     product = (a, b, a_scale, b_scale, bias, torch.bfloat16)
+    observer = Observer()
+    seen = observer.announce(Key("linear", "output", "input", "weight"))
+    left, right = ops.encode(x, SEED, GENERAL[9], 1, 3), ops.encode(w, None, GENERAL[10], 1, 0)
     return {
         ops.gemm: (x, w, bias),
         ops.rotate: (x.t(), 0, "h16"),
@@ -190,6 +269,15 @@ def _samples():
         ),
         ops.scaled_mm: product,
         ops.scaled_mm_measured: (x, w, *product, "site"),
+        ops.gemm_observed: (x, w, bias, observer.number, seen),
+        ops.project: (x, 0, 8, 16),
+        ops.unproject: (torch.randn(3, 16), 1, 8, 16, 20),
+        ops.next_seed: (torch.device("cpu"),),
+        ops.encode: (x, SEED, GENERAL[9], 1, 3),
+        ops.decode: (*left, GENERAL[9], 1, 20, torch.bfloat16),
+        ops.encoded_mm: (*left, *right, bias, GENERAL[9], GENERAL[10], torch.bfloat16),
+        ops.clip_mask: (x, SEED, GENERAL[9], 0),
+        ops.measured: (x @ w.t(), x, w, None, "", "", "site"),
     }
 
 
@@ -200,5 +288,8 @@ def test_every_operator_is_sampled():
 @pytest.mark.parametrize("name", sorted(ops.SCHEMAS))
 def test_opcheck(name):
     op, args = next((op, args) for op, args in _samples().items() if op._opname == name)
-    torch.library.opcheck(op, args)
+    # Another seed at each call is what a comparison of two calls finds.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    utils = tests if name == "next_seed" else (*tests, "test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, args, test_utils=utils)
     ops.MEASURED.clear()

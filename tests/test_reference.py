@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import FLOATS, matrices
 
-from hadagraph.formats import PER_KEPT_INDEX, PER_TENSOR, QUANTIZED_FORMATS, Encoding
+from hadagraph.formats import PER_KEPT_INDEX, PER_TENSOR, PLAIN_FORMATS, Encoding
 from hadagraph.reference import (
     AMAX_FLOOR,
     INT32_CONTRACTION,
@@ -27,7 +27,7 @@ from hadagraph.rotation import Fixed, Rotation, rotate_reference, sign_vector
 ROTATIONS = (None, Rotation(16), Rotation(32, Fixed(7)), Rotation(128))
 encodings = st.builds(
     Encoding,
-    st.sampled_from(QUANTIZED_FORMATS),
+    st.sampled_from(PLAIN_FORMATS),
     st.sampled_from((PER_TENSOR, PER_KEPT_INDEX)),
     st.sampled_from(ROTATIONS),
 )
@@ -36,7 +36,7 @@ every_encoding = pytest.mark.parametrize(
     [
         Encoding(name, granularity, rotation)
         for name, granularity, rotation in itertools.product(
-            QUANTIZED_FORMATS, (PER_TENSOR, PER_KEPT_INDEX), (None, Rotation(16, Fixed(7)))
+            PLAIN_FORMATS, (PER_TENSOR, PER_KEPT_INDEX), (None, Rotation(16, Fixed(7)))
         )
     ],
     ids=str,

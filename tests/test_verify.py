@@ -32,7 +32,7 @@ def test_a_good_graph_passes(graph):
 
 
 def test_an_exact_op_left_after_lowering(graph):
-    with pytest.raises(VerificationError, match="after a pass: rotate was not lowered"):
+    with pytest.raises(VerificationError, match="after a pass: gemm was not lowered"):
         verify(graph, "a pass", lowered=True)
 
 

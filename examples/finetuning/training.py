@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +107,8 @@ def train(
 ) -> RunResult:
     """Train `plain`'s weights through `compiled`, which shares them, starting from a fixed seed.
 
-    `measure_saved` counts the bytes saved for the backward afterwards, which compiles once more.
+    A loss that is no number ends the run there. `measure_saved` counts the bytes saved for the
+    backward afterwards, which compiles once more.
     """
     torch.manual_seed(settings.seed)
     windows = held_out_windows(corpus.held_out, settings.held_out_windows, settings.sequence)
@@ -117,6 +119,9 @@ def train(
         steps.append(step)
         done = len(steps)
         on_step(done, step.loss)
+        if math.isnan(step.loss):
+            held_out.append(HeldOut(done, step.loss))
+            break
         every = settings.evaluate_every
         if done == settings.steps or (every and done % every == 0):
             held_out.append(HeldOut(done, evaluate(evaluated, windows, settings)))

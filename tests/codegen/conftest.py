@@ -1,5 +1,5 @@
-"""`--update-golden` for emitted sources; under TRITON_INTERPRET, bf16 products and roundings that
-are right, and what the interpreter lacks: functions of libdevice, and moves in assembly."""
+"""Under TRITON_INTERPRET, bf16 products and roundings that are right, and what the interpreter
+lacks: functions of libdevice, and moves in assembly."""
 
 from __future__ import annotations
 
@@ -7,17 +7,7 @@ import math
 import os
 
 import numpy as np
-import pytest
 import torch
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
-
-
-@pytest.fixture
-def update_golden(request: pytest.FixtureRequest) -> bool:
-    return bool(request.config.getoption("--update-golden", default=False))
 
 
 def _widen_bf16_operands() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import logging
 import time
 
 import pytest
 import torch
-from triton.runtime.errors import OutOfResources
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from hadagraph.backend import Session
 from hadagraph.codegen import autotune, choose_mm, tuned
@@ -125,6 +128,76 @@ def test_candidates_that_fail_lose():
     (race,) = tune_shapes([(512, 512, 512)], timer=timer)
     assert race.choice.block_m == 256
     assert race.raced == len(scaled_mm_candidates(HOPPER)) - 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResources(300000, 232448, "shared memory"),
+        PTXASError("ptxas exited with code 255"),
+        CompilationError("x = 1", ast.parse("x").body[0], "no such layout"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_race_survives_candidates_that_do_not_compile(error):
+    def timer(problem, candidate):
+        if candidate != ODD:
+            raise error
+        return 1.0
+
+    (race,) = tune_shapes([(512, 512, 512)], timer=timer)
+    assert (race.choice, race.raced) == (ODD, 1)
+
+
+def test_an_error_of_ours_is_not_a_lost_race():
+    def timer(problem, candidate):
+        raise AssertionError("wrong result")
+
+    with pytest.raises(AssertionError, match="wrong result"):
+        tune_shapes([(512, 512, 512)], timer=timer)
+
+
+def test_an_interrupted_run_keeps_the_races_that_are_finished():
+    def timer(problem, candidate):
+        if problem.M == 512:
+            raise KeyboardInterrupt
+        return 1.0 if candidate == ODD else 2.0
+
+    with pytest.raises(KeyboardInterrupt):
+        tune_shapes([(256, 512, 512), (512, 512, 512)], timer=timer)
+    tuned.winners_on.cache_clear()  # as a new process
+    (problem,) = tuned.winners_on("Test GPU")
+    assert problem.M == 256
+
+
+def winning(M):
+    return MmProblem(M, 512, 512, "int8", "int8", "rowwise", "bf16")
+
+
+def test_kept_winners_join_those_of_another_process(machine):
+    first, second = ODD, LibraryMm(False)
+    path = tuned.keep_winners("Test GPU", {winning(256): first})
+    assert tuned.winners_on("Test GPU") == {winning(256): first}
+    content = json.loads(path.read_text())
+    theirs = {"problem": vars(winning(1024)), "choice": vars(second)}
+    path.write_text(json.dumps(content | {"winners": [*content["winners"], theirs]}))
+    assert winning(1024) not in tuned.winners_on("Test GPU")  # which read the file before
+    assert tuned.keep_winners("Test GPU", {winning(256): second}) == path
+    everything = {winning(256): second, winning(1024): second}
+    assert tuned.winners_on("Test GPU") == everything
+    content = json.loads(path.read_text())
+    assert (content["device"], len(content["winners"])) == ("Test GPU", 2)
+    assert content["torch"] == torch.__version__
+    assert list(machine.iterdir()) == [path]  # nothing half written
+
+
+def test_kept_winners_replace_a_damaged_file(caplog):
+    path = tuned.winners_path("Test GPU")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{")
+    tuned.keep_winners("Test GPU", {winning(256): ODD})
+    assert "cannot be read" in caplog.text
+    assert tuned.winners_on("Test GPU") == {winning(256): ODD}
 
 
 def test_out_of_memory_keeps_the_table(caplog, machine):

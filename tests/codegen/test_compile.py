@@ -44,6 +44,11 @@ SHARED_LIMIT = {
 TEXT, H32 = "int8/per_kept_index/h128", "int8/per_kept_index/h32"
 
 
+def target_name(value: object) -> str:
+    """Of a capability; other parameters as they are."""
+    return f"sm_{value[0]}{value[1]}" if isinstance(value, tuple) else str(value)
+
+
 def compiled(spec: KernelSpec, target: GPUTarget | None = None):
     module = kernel_module(spec)
     aligned = [["tt.divisibility", 16]]
@@ -69,9 +74,16 @@ def check_resources(spec: KernelSpec, *, spills: bool = False) -> None:
         assert local_memory(kernel.asm["cubin"]) == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("op", ["quantize_rows", "quantize_both"])
-@pytest.mark.parametrize("capability", INSTRUCTION)
+@pytest.mark.parametrize(
+    ("capability", "op", "dtype"),
+    [
+        (each, op, torch.bfloat16)
+        for each in INSTRUCTION
+        for op in ("quantize_rows", "quantize_both")
+    ]
+    + [(each, "quantize_both", torch.float32) for each in ((8, 0), (9, 0))],
+    ids=target_name,
+)
 def test_quantizers(capability, op, dtype):
     x = torch.empty(16384, 4096, dtype=dtype, device="meta")
     texts = [TEXT] * (2 if op == "quantize_both" else 1)
@@ -84,10 +96,11 @@ def test_quantizers(capability, op, dtype):
 @pytest.mark.parametrize("K", [4096, 8192, 14336])
 def test_hopper_quantizers_spill_nothing(K):
     x = torch.empty(16384, K, dtype=torch.bfloat16, device="meta")
-    for texts in ((TEXT, H32), ("fp8_e4m3/per_kept_index/h64", "fp8_e4m3/per_kept_index/h32")):
+    fp8 = ("fp8_e4m3/per_kept_index/h64", "fp8_e4m3/per_kept_index/h32")
+    for texts in ((TEXT, H32), fp8):
         specs = specs_for("quantize_both", (x, *texts), (9, 0))
         assert len(specs) == 3
-        for spec in specs:
+        for spec in specs[: 1 if K == 8192 else 3]:  # its columns are as those of 4096
             check_resources(spec)
 
 
@@ -99,8 +112,13 @@ CHAIN_CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CHAIN_CASES)
-@pytest.mark.parametrize("capability", INSTRUCTION)
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    # Columns are not multiplied: of one source they differ in spills only, and compile for long.
+    [*((each, "silu_mul") for each in INSTRUCTION), ((8, 0), "gelu_tanh")]
+    + [((9, 0), name) for name in CHAIN_CASES if name != "silu_mul"],
+    ids=target_name,
+)
 def test_chains(capability, name):
     chain = Chain.parse(CHAINS[name])
     x = torch.empty(16384, 14336, device="meta")
@@ -132,7 +150,7 @@ def matmul(name: str, capability: tuple[int, int]) -> KernelSpec:
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8_e4m3"])
-@pytest.mark.parametrize("capability", INSTRUCTION)
+@pytest.mark.parametrize("capability", INSTRUCTION, ids=target_name)
 def test_scaled_mm(capability, name):
     if name != "int8" and capability == (8, 0):
         with pytest.raises(ValueError, match=r"needs compute capability 8\.9"):
@@ -187,6 +205,7 @@ def test_with_triton_36():
     environment = os.environ | {"PYTHONPATH": os.environ["HADAGRAPH_TRITON36"]}
     environment.pop("HADAGRAPH_TRITON36")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "capability0 or capability2 or gluon"]
+    command += ["-k", "sm_80 or sm_90 or gluon"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout  # not all skipped

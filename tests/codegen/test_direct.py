@@ -14,7 +14,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
 from hadagraph.codegen import direct
-from hadagraph.codegen.direct import Launch
+from hadagraph.codegen.direct import Launch, TensorMaps
 
 SIGNATURE = {"x": "*bf16", "d": "tensordesc<i8[16, 32]>", "y": "*fp32", "T": "i32", "K": "i32"}
 META = {
@@ -159,6 +159,48 @@ def test_an_address_is_encoded_once(make):
     assert kernel.encoded == before + 3
     for each, row in zip(given, kernel.recorded[1:4], strict=True):
         assert str(("map", each[1].data_ptr(), 1))[:-1] in str(row).replace("[", "(")
+
+
+def test_maps_may_be_dropped_under_way(make, monkeypatch):
+    """A launch holds the maps that it uses, whatever is dropped meanwhile."""
+    monkeypatch.setattr(direct, "MAPS_KEPT", 1)
+    signature = {"d": SIGNATURE["d"], "e": SIGNATURE["d"], "T": "i32", "K": "i32"}
+    launch, kernel = make(signature, (META, META))
+    pairs = [(tensors()[1], tensors()[1]) for _ in range(3)]
+    launch(*pairs[0])  # Triton's own
+    encode = TensorMaps.__call__
+
+    def encode_and_drop(maps, *arguments):
+        found = encode(maps, *arguments)
+        for other in launch.maps:
+            other.kept.clear()
+        return found
+
+    monkeypatch.setattr(TensorMaps, "__call__", encode_and_drop)
+    for pair in pairs:
+        launch(*pair)
+        launch.ordinary(*pair)
+        assert kernel.recorded[-2] == kernel.recorded[-1]
+
+
+def test_few_maps_are_kept(make, monkeypatch):
+    monkeypatch.setattr(direct, "MAPS_KEPT", 2)
+    launch, kernel = make()
+    given = [tensors() for _ in range(5)]
+    for each in (given[0], *given, *given):
+        launch(*each)
+        launch.ordinary(*each)
+        assert kernel.recorded[-2] == kernel.recorded[-1]
+        assert all(maps is None or len(maps.kept) <= 2 for maps in launch.maps)
+
+
+def test_what_is_prepared_is_prepared_before_the_first_launch(make):
+    launch, kernel = make()
+    launches = []
+    launch.prepare = lambda: launches.append(kernel.ordinary_launches)
+    for _ in range(3):
+        launch(*tensors())
+    assert launches == [0]
 
 
 def test_misaligned_tensors_go_through_triton(make):

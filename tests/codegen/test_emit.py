@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,14 @@ from hadagraph.codegen import tune
 from hadagraph.codegen.choose import select_scaled_mm
 from hadagraph.codegen.emit import emit
 from hadagraph.codegen.listing import specs_for
-from hadagraph.codegen.spec import KernelSpec
+from hadagraph.codegen.spec import VECTORS, ColumnWriteSpec, KernelSpec
 from hadagraph.codegen.store import load_module, write_source
 from hadagraph.region import Chain
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 X = torch.empty(16384, 4096, dtype=torch.bfloat16, device="meta")
 ROTATED, PLAIN = "int8/per_kept_index/h128", "fp8_e4m3/per_kept_index"
-H32 = "int8/per_kept_index/h32"
+H32, H4 = "int8/per_kept_index/h32", "int8/per_kept_index/h4"
 
 
 def matmul(bias: torch.dtype | None, M: int = 8192, C: int = 4096) -> KernelSpec:
@@ -47,11 +48,13 @@ def cases() -> dict[str, KernelSpec]:
     chain_rows = specs_for("quantize_chain", chain("silu_mul", ROTATED, "", True), (9, 0))
     chain_both = specs_for("quantize_chain", chain("add", ROTATED, H32, False), (9, 0))
     columns = specs_for("quantize_columns", (X, H32), (9, 0))
+    write = specs_for("quantize_columns", (X, H4), (9, 0))[1]
+    assert isinstance(write, ColumnWriteSpec)
     return {
         "chain_rows": chain_rows[0],
         "chain_column_amax": chain_both[0],
         "column_amax": columns[0],
-        "quantize_columns": columns[1],
+        "quantize_columns": replace(write, chunk=VECTORS),
         "quantize_rows_rotated": specs_for("quantize_rows", (X, ROTATED), (9, 0))[0],
         "quantize_rows_plain": specs_for("quantize_rows", (X, PLAIN), (9, 0))[0],
         "amax_both": both[0],

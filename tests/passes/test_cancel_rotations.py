@@ -3,6 +3,8 @@ not exactly undone stays."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from asserts import assert_graph_values_equal
@@ -12,7 +14,7 @@ from strategies import ROTATIONS, Case, cases, copy_of, plan_of, sprinkle, trace
 
 from hadagraph import ops
 from hadagraph.dump import graph_lines
-from hadagraph.graph import aten, calls
+from hadagraph.graph import aten, backward_nodes, calls
 from hadagraph.passes.cancel_rotations import cancel_rotations
 from hadagraph.passes.insert_rotations import insert_rotations
 from hadagraph.passes.normalize import normalize
@@ -214,3 +216,61 @@ def test_values_are_kept(case, planned, sprinkled, every):
     verify(gm.graph, "cancel_rotations")
     for tokens in (None, 5) if case.dynamic else (None,):
         assert_graph_values_equal(before, gm, values_for(gm, tokens=tokens))
+
+
+def test_a_sum_of_unrotated_is_unrotated_once():
+    def function(x, y, z):
+        turned = [unrotate(rotate(t, 1) * 1, 1) for t in (x, y, z)]
+        return turned[0] + turned[1] + turned[2]
+
+    gm = traced(function, *(torch.randn(32, 32, dtype=torch.float64) for _ in range(3)))
+    before = copy_of(gm)
+    cancel_rotations(gm.graph)
+    assert len(calls(gm.graph, (ops.unrotate,))) == 1
+    assert_graph_values_equal(before, gm, values_for(gm))
+
+
+def test_gradients_of_one_input_are_unrotated_once():
+    gm = Case("qkv", 48, 32, 64).trace()
+    before = copy_of(gm)
+    normalize(gm.graph)
+    backward = {node.name for node in backward_nodes(gm.graph)}
+    plan = plan_of(gm.graph, [None])
+    outer = [
+        replace(d, rhs=replace(d.rhs, outer=Rotation(16))) if d.site.node in backward else d
+        for d in plan.decisions
+    ]
+    insert_rotations(gm.graph, replace(plan, decisions=tuple(outer)))
+    made = len(calls(gm.graph, (ops.unrotate,)))
+    cancel_rotations(gm.graph)
+    verify(gm.graph, "cancel_rotations")
+    assert 0 < len(calls(gm.graph, (ops.unrotate,))) < made
+    assert_graph_values_equal(before, gm, values_for(gm))
+
+
+SUMS_THAT_STAY = {
+    "other rotations": lambda x, y: unrotate(x, 1) + unrotate(y, 1, "h32"),
+    "other dims": lambda x, y: unrotate(x, 0) + unrotate(y, 1),
+    "scaled": lambda x, y: torch.add(unrotate(x, 1), unrotate(y, 1), alpha=2),
+    "a number": lambda x, y: unrotate(x, 1) + 1,
+    "broadcast": lambda x, y: unrotate(x[:1], 1) + unrotate(y, 1),
+}
+
+
+@pytest.mark.parametrize("name", SUMS_THAT_STAY)
+def test_a_sum_that_stays(name):
+    gm = traced(SUMS_THAT_STAY[name], *(torch.randn(32, 32, dtype=torch.float64) for _ in "xy"))
+    before = graph_lines(gm.graph)
+    cancel_rotations(gm.graph)
+    assert graph_lines(gm.graph) == before
+
+
+def test_a_sum_whose_term_another_reads_stays():
+    def function(x, y):
+        back = unrotate(x, 1)
+        return back + unrotate(y, 1), back
+
+    gm = traced(function, *(torch.randn(32, 32, dtype=torch.float64) for _ in "xy"))
+    before = graph_lines(gm.graph)
+    cancel_rotations(gm.graph)
+    assert graph_lines(gm.graph) == before

@@ -1,0 +1,116 @@
+"""The benchmarks of the time model and of recipe auto: how points become shares, what counts as a
+rival of auto, and a tiny run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hadagraph.cost import gemm_us, quantizer_us
+from hadagraph.device import CHIPS
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import auto as auto_bench  # noqa: E402
+import time_model  # noqa: E402
+from cost_grid import TARGET_GEMMS  # noqa: E402
+
+H200 = CHIPS["H200"]
+RECORD = json.loads((BENCH / "results" / "cost_grid.json").read_text())
+
+
+def perfect_points(profile=H200):
+    """What a device would measure whose times are as predicted."""
+    gemms, quantizers = [], []
+    for _, each in time_model.linears():
+        T, K, N = each.T, each.K, each.N
+        roles = (("output", T, N, K), ("grad_input", T, K, N), ("grad_weight", N, K, T))
+        for role, M, n, C in roles:
+            gemms += [
+                {
+                    "kernel": f,
+                    "role": role,
+                    "M": M,
+                    "N": n,
+                    "C": C,
+                    "us": gemm_us(profile, M, n, C, f),
+                }
+                for f in ("bf16", "int8", "fp8")
+            ]
+        for t, k in ((T, K), (T, N), (N, K)):
+            for rate in profile.quantizers:
+                us = quantizer_us(profile, t, k, rate.layouts, rate.kind)
+                name = f"{rate.layouts} {rate.kind}"
+                quantizers.append({"kernel": name, "T": t, "K": k, "us": us})
+                quantizers.append({"kernel": f"{name} weight", "T": t, "K": k, "us": us})
+    return {"gemms": gemms, "quantizers": quantizers}
+
+
+def test_a_perfect_model_is_within_everywhere_and_one_off_by_a_fifth_nowhere():
+    points = perfect_points()
+    found = list(time_model.entries(points, H200))
+    linears = len(time_model.linears())
+    of_linears = [each for each in found if each.group != "targets"]
+    assert len(of_linears) == linears * 4 * len(time_model.WAYS)
+    assert all(each.ratio == pytest.approx(1.0) for each in found)
+    assert time_model.share(found) == 1.0
+    for row in points["gemms"] + points["quantizers"]:
+        row["us"] *= 1.2
+    assert time_model.share(list(time_model.entries(points, H200))) == 0.0
+
+
+def test_the_committed_grid_is_predicted():
+    found = list(time_model.entries(RECORD, H200))
+    assert {each.what for each in found} == {"GEMM", "Linear"}
+    assert len({each.shape for each in found if each.group == "targets"}) == len(TARGET_GEMMS)
+    assert time_model.share(found) > 0.8
+    off = replace(H200, copy_bytes_per_us=H200.copy_bytes_per_us / 3)
+    assert time_model.share(list(time_model.entries(RECORD, off))) < 0.6
+
+
+def rows(**times):
+    worst = {"int8_rotated": 31.0, "fp8_rowwise": 27.0, "fp8_tensorwise": 22.0}
+    found = {
+        name: {"recipe": name, "ms": ms, "worst_db": worst[name]}
+        for name, ms in times.items()
+        if name in worst
+    }
+    found["inductor bf16"] = {"recipe": "bf16", "ms": times["bf16"]}
+    return found
+
+
+def test_auto_is_compared_with_what_meets_its_budget():
+    found = rows(bf16=10.0, int8_rotated=8.0, fp8_rowwise=7.0, fp8_tensorwise=6.0)
+    for budget, ms, worst in ((30.0, 8.1, 31.0), (24.0, 7.5, 26.0), (50.0, 10.0, None)):
+        name = f"auto, {budget:g} dB"
+        found[name] = {"recipe": "auto", "ms": ms, "worst_db": worst, "budget": budget}
+    by_name = {claim["auto"]: claim for claim in auto_bench.claims(found)}
+    assert by_name["auto, 30 dB"]["fastest"] == "int8_rotated"
+    assert by_name["auto, 30 dB"]["within"]
+    assert by_name["auto, 24 dB"]["fastest"] == "fp8_rowwise"
+    assert not by_name["auto, 24 dB"]["within"]
+    assert by_name["auto, 50 dB"]["fastest"] == "inductor bf16"
+    assert all(claim["meets_budget"] for claim in by_name.values())
+    found["auto, 30 dB"]["worst_db"] = 29.0
+    assert not auto_bench.claims(found)[0]["meets_budget"]
+    del found["auto, 30 dB"]["ms"]  # it failed
+    assert len(auto_bench.claims(found)) == 2
+
+
+@pytest.mark.slow
+def test_a_tiny_run(monkeypatch, tmp_path):
+    out = tmp_path / "auto.json"
+    arguments = (
+        "auto.py --cases blocks --shape tiny --blocks 1 --batch 1 --sequence 64 --rounds 1 "
+        f"--repeats 1 --budgets 30 --out {out}"
+    )
+    monkeypatch.setattr(sys, "argv", arguments.split())
+    auto_bench.main()
+    (case,) = json.loads(out.read_text())["cases"]
+    assert all("ms" in row for row in case["variants"].values())
+    assert len(case["claims"]) == 2 and all(c["meets_budget"] for c in case["claims"])
