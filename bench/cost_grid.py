@@ -157,28 +157,34 @@ def gemm_contenders(pools: Pools, role: str, M: int, N: int, C: int) -> dict[str
     return calls
 
 
-def quantizer_contenders(pools: Pools, T: int, K: int) -> dict[str, Calls]:
-    """x [T, K] as input or grad_output (columns rotated along the tokens by 32) and as weight."""
+def quantizers(T: int, K: int) -> dict[str, tuple[Any, tuple[str, ...]]]:
+    """The operator and its encodings for x [T, K] as input or grad_output (columns rotated along
+    the tokens by 32) and as weight."""
     rows = f"int8/per_kept_index/h{block_for(K)}"
     tokens = f"int8/per_kept_index/h{block_for(T, 32)}"
     weight_columns = f"int8/per_kept_index/h{block_for(T)}"
     fp8, per_tensor = "fp8_e4m3/per_kept_index", "fp8_e4m3/per_tensor"
+    return {
+        "rows rotated": (ops.quantize_rows, (rows,)),
+        "columns rotated": (ops.quantize_columns, (tokens,)),
+        "columns rotated weight": (ops.quantize_columns, (weight_columns,)),
+        "both rotated": (ops.quantize_both, (rows, tokens)),
+        "rows plain": (ops.quantize_rows, (fp8,)),
+        "columns plain": (ops.quantize_columns, (fp8,)),
+        "both plain": (ops.quantize_both, (fp8, fp8)),
+        "rows per_tensor": (ops.quantize_rows, (per_tensor,)),
+        "columns per_tensor": (ops.quantize_columns, (per_tensor,)),
+        "both per_tensor": (ops.quantize_both, (per_tensor, per_tensor)),
+    }
+
+
+def quantizer_contenders(pools: Pools, T: int, K: int) -> dict[str, Calls]:
+    """Calls of all quantizers on x [T, K]."""
     calls: dict[str, Calls] = {}
     for _ in range(sets(T * K * 3)):
         x = pools.matrix(T, K, torch.bfloat16)
-        table: dict[str, Callable[[], object]] = {
-            "rows rotated": lambda x=x: ops.quantize_rows(x, rows),
-            "columns rotated": lambda x=x: ops.quantize_columns(x, tokens),
-            "columns rotated weight": lambda x=x: ops.quantize_columns(x, weight_columns),
-            "both rotated": lambda x=x: ops.quantize_both(x, rows, tokens),
-            "rows plain": lambda x=x: ops.quantize_rows(x, fp8),
-            "columns plain": lambda x=x: ops.quantize_columns(x, fp8),
-            "both plain": lambda x=x: ops.quantize_both(x, fp8, fp8),
-            "rows per_tensor": lambda x=x: ops.quantize_rows(x, per_tensor),
-            "columns per_tensor": lambda x=x: ops.quantize_columns(x, per_tensor),
-            "both per_tensor": lambda x=x: ops.quantize_both(x, per_tensor, per_tensor),
-        }
-        for name, call in table.items():
+        for name, (operator, encodings) in quantizers(T, K).items():
+            call = lambda x=x, op=operator, texts=encodings: op(x, *texts)  # noqa: E731
             calls.setdefault(name, []).append(call)
     return calls
 
@@ -240,10 +246,16 @@ def copy_bandwidth() -> float:
 
 def gemms_to_time(every: list[Linear]) -> list[tuple[str, int, int, int]]:
     found = [("output", *shape) for shape in TARGET_GEMMS]
+    return list(dict.fromkeys(found + gemms_of(every)))
+
+
+def gemms_of(every: list[Linear]) -> list[tuple[str, int, int, int]]:
+    """The three GEMMs of each Linear: role, M, N and C."""
+    found = []
     for each in every:
         T, K, N = each.T, each.K, each.N
         found += [("output", T, N, K), ("grad_input", T, K, N), ("grad_weight", N, K, T)]
-    return list(dict.fromkeys(found))
+    return found
 
 
 def matrices_to_time(every: list[Linear]) -> list[tuple[int, int]]:

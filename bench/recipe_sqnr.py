@@ -3,6 +3,7 @@ lowered matmul of a real model's first step on real text, for each recipe on the
 batch, and how many dB `int8_rotated` is ahead of each fp8 recipe at each site.
 
     python bench/recipe_sqnr.py --out bench/results/recipe_sqnr.json
+    python bench/recipe_sqnr.py --batch 1 --recipes all --out bench/results/recipe_sqnr_all.json
 
 Runs on the CPU as well: it measures precision, not time. `fp8_tensorwise` is torchao's tensorwise
 recipe (e4m3, output gradients e5m2), `fp8_rowwise` its rowwise one without the rounding of scales
@@ -44,12 +45,20 @@ def measure(args: argparse.Namespace) -> Levels:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loss, ids = loss.to(device), ids.to(device)
     levels: Levels = {}
-    for recipe in (OURS, *THEIRS):
+    for recipe in args.recipes:
         torch.compiler.reset()
         with torch.autocast(device, dtype=torch.bfloat16):
             options = {"recipe": recipe, "never_slower": False}
             levels[recipe] = hadagraph.measure_sqnr(loss, ids, options=options)
+        print(f"{recipe}: {sum(map(len, levels[recipe].values()))} matmuls", flush=True)
     return levels
+
+
+def chosen(names: list[str]) -> list[str]:
+    """The recipes of these names, `int8_rotated` first; `all`: every one that lowers anything."""
+    if names == ["all"]:
+        names = [name for name in hadagraph.RECIPES if name not in ("bf16", "auto")]
+    return list(dict.fromkeys((OURS, *names)))
 
 
 def ahead(levels: Levels, other: str) -> dict[str, Any]:
@@ -76,7 +85,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
+    names = ["all", *hadagraph.RECIPES]
+    parser.add_argument("--recipes", nargs="+", choices=names, default=list(THEIRS), metavar="R")
     args = parser.parse_args()
+    args.recipes = chosen(args.recipes)
     levels = measure(args)
     table = Table(title=f"SQNR in dB, first step of {args.batch}x{args.sequence} tokens")
     for column in ("recipe", "role", "median", "mean", "worst"):
@@ -87,7 +99,7 @@ def main() -> None:
             cells = (statistics.median(values), statistics.mean(values), min(values))
             table.add_row(recipe, role, *(f"{cell:.1f}" for cell in cells))
     Console().print(table)
-    gains = {other: ahead(levels, other) for other in THEIRS}
+    gains = {other: ahead(levels, other) for other in THEIRS if other in levels}
     for other, gain in gains.items():
         Console().print(f"{OURS} against {other}: {gain}")
     save(header("recipe_sqnr", args) | {"ahead": gains, "sqnr_db": levels}, args.out)

@@ -3,7 +3,7 @@ GEMMs, Linears of TransformerEngine's benchmark, of 8B and 1B blocks, tensor-par
 small models. The share of shapes within 15 %, for the table's row of the chip and for the profile
 that `hadagraph.measure_device` makes.
 
-    python bench/time_model.py --out bench/results/time_model.json   # on a GPU, under 90 s
+    python bench/time_model.py --out bench/results/time_model.json   # on a GPU, about 120 s
     python bench/time_model.py --read FILE     # predict what FILE holds (cost_grid's, too)
     python bench/time_model.py --fit FILE      # rows for hadagraph/device.py from FILE's points
 """
@@ -28,7 +28,8 @@ from rich.table import Table
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from hadagraph import measurement
+from hadagraph import compat, measurement
+from hadagraph.codegen import precompile
 from hadagraph.cost import gemm_us, quantizer_us
 from hadagraph.device import DeviceProfile, chip_profile
 
@@ -52,6 +53,10 @@ WAYS = {
 BUSY_MS = 2.0
 SETS = 4
 """Of operands that calls take turns on."""
+KINDS = ("rotated", "plain", "per_tensor")
+Gemm = tuple[str, int, int, int]
+"""Its role, M, N and C."""
+Matrix = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -78,22 +83,80 @@ def linears() -> list[tuple[str, Linear]]:
 # -------------------------------------------------------------------------- measuring
 
 
-def device_us(contenders: dict[str, cost_grid.Calls], rounds: int) -> dict[str, float]:
+def work() -> Iterator[tuple[list[Gemm], dict[Matrix, list[str]]]]:
+    """Shape by shape what makes its entries whole: its GEMMs, and for each matrix the quantizers
+    that the entries read. The large GEMMs first, then the groups by turns."""
+    rows = [f"rows {kind}" for kind in KINDS]
+    columns = [f"columns {kind}" for kind in KINDS]
+    both = [f"both {kind}" for kind in KINDS]
+    of_weight = ["columns rotated weight", *columns[1:]]
+    for M, N, C in TARGET_GEMMS:
+        yield [("output", M, N, C)], {(M, C): rows, (N, C): rows}
+    groups = [[each for g, each in linears() if g == group] for group in GROUPS]
+    for turn in zip(*groups, strict=True):
+        for each in turn:
+            T, K, N = each.T, each.K, each.N
+            wanted: dict[Matrix, list[str]] = {}
+            for matrix, names in (
+                ((T, K), rows + columns),
+                ((T, N), rows + columns + both),
+                ((N, K), rows + of_weight),
+            ):
+                wanted[matrix] = list(dict.fromkeys(wanted.get(matrix, []) + names))
+            yield cost_grid.gemms_of([each]), wanted
+
+
+def compile_ahead(every: list[tuple[list[Gemm], dict[Matrix, list[str]]]]) -> int:
+    """Let Inductor's workers compile the kernels of this work, in its order; how many kernels they
+    took."""
+    found: list[precompile.OperatorCall] = []
+    for problems, matrices in every:
+        for _, M, N, C in problems:
+            for dtype in (torch.int8, torch.float8_e4m3fn):
+                a, b = (torch.empty(size, C, dtype=dtype, device="meta") for size in (M, N))
+                scales = (torch.empty(size, device="meta") for size in (M, N))
+                found.append(("scaled_mm", (a, b, *scales, None, torch.bfloat16)))
+        for (T, K), names in matrices.items():
+            x = torch.empty(T, K, dtype=torch.bfloat16, device="meta")
+            known = cost_grid.quantizers(T, K)
+            for operator, encodings in (known[name] for name in names):
+                found.append((operator._opname, (x, *encodings)))
+    return precompile.compile_ahead(found, torch.cuda.get_device_capability())
+
+
+@dataclass
+class Clock:
+    """What is left of two times: that of measuring, and of everything with compiling."""
+
+    seconds: float
+    until: float
+
+    @property
+    def over(self) -> bool:
+        return self.seconds <= 0.0 or time.perf_counter() > self.until
+
+
+def device_us(
+    contenders: dict[str, cost_grid.Calls], rounds: int, clock: Clock
+) -> dict[str, float]:
     """Median over rounds of each contender's mean time a call, replayed from a CUDA graph, so that
-    no launch by the host is in it. A contender that the device refuses is left out."""
+    no launch by the host is in it. A contender that the device refuses is left out. Takes from
+    the clock what the replays take, not the first calls, which compile."""
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    pool = torch.cuda.graph_pool_handle()  # their outputs may overlap
     for name, calls in contenders.items():
         try:
             calls[0]()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool):
                 for call in calls:
                     call()
         except (RuntimeError, CompilationError, OutOfResources) as error:
             Console().print(f"[red]{name}: {str(error)[:200]}[/red]")
             continue
         graphs[name] = graph
+    began = time.perf_counter()
     repeats = {name: _repeats(graph) for name, graph in graphs.items()}
     spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in graphs}
     for _ in range(rounds):  # without a pause between them, as in a training step
@@ -105,6 +168,7 @@ def device_us(contenders: dict[str, cost_grid.Calls], rounds: int) -> dict[str, 
             end.record()
             spans[name].append((start, end))
     torch.cuda.synchronize()
+    clock.seconds -= time.perf_counter() - began
     return {
         name: statistics.median(start.elapsed_time(end) for start, end in found)
         / (repeats[name] * len(contenders[name]))
@@ -125,44 +189,55 @@ def _repeats(graph: torch.cuda.CUDAGraph) -> int:
 
 
 def measured(options: argparse.Namespace) -> Row:
-    """The points as `cost_grid` records them; what the time did not allow is left out."""
+    """The points as `cost_grid` records them, of whole shapes; those that the time did not allow
+    are left out."""
     began = time.perf_counter()
+    clock = Clock(options.seconds, began + options.total_seconds)
     bandwidth = cost_grid.copy_bandwidth()
     torch.cuda.empty_cache()
+    compat.settle_triton_cache(torch.cuda.current_device())
     pools = cost_grid.Pools()
     host, sustained = cost_grid.host_rows(pools), cost_grid.sustained_rows(pools)
-    every = [each for _, each in linears()]
-    gemms = cost_grid.gemms_to_time(every)
-    matrices = cost_grid.matrices_to_time(every)
-    matrices += [(size, C) for M, N, C in TARGET_GEMMS for size in (M, N)]
-    rows: dict[str, list[Row]] = {"quantizers": [], "gemms": []}
-    skipped = 0
-    for T, K in dict.fromkeys(matrices):
-        if time.perf_counter() - began > options.seconds:
-            skipped += 1
-            continue
-        calls = {n: c[:SETS] for n, c in cost_grid.quantizer_contenders(pools, T, K).items()}
-        found = device_us(calls, options.rounds)
-        rows["quantizers"] += [{"kernel": n, "T": T, "K": K, "us": us} for n, us in found.items()]
-    for role, M, N, C in gemms:
-        if time.perf_counter() - began > options.seconds:
-            skipped += 1
-            continue
-        calls = cost_grid.gemm_contenders(pools, role, M, N, C)
-        calls = {n: c[:SETS] for n, c in calls.items() if n in cost_grid.FORMATS}
-        found = device_us(calls, options.rounds)
-        rows["gemms"] += [
-            {"kernel": n, "role": role, "M": M, "N": N, "C": C, "us": us} for n, us in found.items()
-        ]
+    every = list(work())
+    compile_ahead(every)  # not before: it keeps the host busy, whose times those are
+    gemms: dict[tuple[str, Gemm], float] = {}
+    quantizers: dict[tuple[str, Matrix], float] = {}
+    shapes = 0
+    for problems, matrices in every:
+        if clock.over:
+            break
+        for problem in problems:
+            calls = cost_grid.gemm_contenders(pools, *problem)
+            wanted = {
+                name: each[:SETS]
+                for name, each in calls.items()
+                if name in cost_grid.FORMATS and (name, problem) not in gemms
+            }
+            found = device_us(wanted, options.rounds, clock)
+            gemms |= {(name, problem): us for name, us in found.items()}
+        for matrix, names in matrices.items():
+            calls = cost_grid.quantizer_contenders(pools, *matrix)
+            wanted = {n: calls[n][:SETS] for n in names if (n, matrix) not in quantizers}
+            found = device_us(wanted, options.rounds, clock)
+            quantizers |= {(name, matrix): us for name, us in found.items()}
+        shapes += 1
     return {
         "capability": torch.cuda.get_device_capability(),
         "sms": torch.cuda.get_device_properties(0).multi_processor_count,
         "copy_bytes_per_s": bandwidth,
-        "skipped": skipped,
+        "shapes": shapes,
+        "skipped": len(every) - shapes,
         "seconds": time.perf_counter() - began,
+        "measuring_seconds": options.seconds - clock.seconds,
         "host": host,
         "sustained": sustained,
-        **rows,
+        "quantizers": [
+            {"kernel": name, "T": T, "K": K, "us": us} for (name, (T, K)), us in quantizers.items()
+        ],
+        "gemms": [
+            {"kernel": name, "role": role, "M": M, "N": N, "C": C, "us": us}
+            for (name, (role, M, N, C)), us in gemms.items()
+        ],
     }
 
 
@@ -232,8 +307,10 @@ def entries(points: Row, profile: DeviceProfile) -> Iterator[Entry]:
 
 
 def share(found: list[Entry]) -> float:
-    """Of entries that are predicted within the limit."""
-    return sum(abs(each.ratio - 1) <= LIMIT for each in found) / max(len(found), 1)
+    """Of entries that are predicted within the limit. ValueError where there is none."""
+    if not found:
+        raise ValueError("no shape was measured whole: nothing can be said of the predictions")
+    return sum(abs(each.ratio - 1) <= LIMIT for each in found) / len(found)
 
 
 def summary(points: Row, profiles: dict[str, DeviceProfile], console: Console) -> Row:
@@ -247,14 +324,14 @@ def summary(points: Row, profiles: dict[str, DeviceProfile], console: Console) -
         for what in ("GEMM", "Linear"):
             for way in WAYS:
                 mine = [each for each in found if (each.what, each.way) == (what, way)]
+                if not mine:
+                    continue
                 mine.sort(key=lambda each: -abs(each.ratio - 1))
                 worst = ", ".join(f"{e.ratio:.2f} {e.group} {e.shape}" for e in mine[:2])
                 table.add_row(what, way, str(len(mine)), f"{share(mine):.2f}", worst)
         console.print(table)
-        shares = {
-            what: share([each for each in found if each.what == what])
-            for what in ("GEMM", "Linear")
-        }
+        kinds = dict.fromkeys(each.what for each in found)
+        shares = {what: share([each for each in found if each.what == what]) for what in kinds}
         shares["all"] = share(found)
         console.print(f"{name}: {shares['all']:.3f} of {len(found)} within {LIMIT:.0%}; {shares}")
         results[name] = {
@@ -273,7 +350,8 @@ def main() -> None:
     )
     parser.add_argument("--fit", type=Path, help="measure nothing: fit a profile to this file")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of measuring points, at most")
+    parser.add_argument("--seconds", type=float, default=45.0, help="of measuring, not compiling")
+    parser.add_argument("--total-seconds", type=float, default=90.0, help="of points, all counted")
     parser.add_argument("--calibrate-seconds", type=float, default=20.0, help="of measure_device")
     options = parser.parse_args()
     console = Console(width=160, highlight=False)
@@ -289,6 +367,10 @@ def main() -> None:
             parser.error("needs a CUDA device, or --read")
         content = recording.header("time_model", options)
         points = measured(options) | {"device": content["device"]}
+        console.print(
+            f"{points['shapes']} shapes measured, {points['skipped']} skipped: "
+            f"{points['seconds']:.0f} s, {points['measuring_seconds']:.0f} s of it measuring"
+        )
         profiles = {}
         if options.calibrate_seconds > 0:
             profile = measurement.measure(seconds=options.calibrate_seconds)
@@ -296,8 +378,9 @@ def main() -> None:
     table = chip_profile(points["device"], tuple(points["capability"]))
     if table is not None:
         profiles = {"table": table, **profiles}
-    results = summary(points, profiles, console)
-    content = content | {"limit": LIMIT, "points": points, "results": results}
+    content = content | {"limit": LIMIT, "points": points}
+    recording.save(content, options.out)
+    content["results"] = summary(points, profiles, console)
     recording.save(content, options.out)
 
 

@@ -419,42 +419,63 @@ def _store_scales(spec: EncodeSpec) -> Lines:
 
 
 def _store_codes(spec: EncodeSpec) -> Lines:
-    """Packed into bytes: two codes of 4 bits in one, four of 6 bits in three."""
+    """Packed into bytes: two codes of 4 bits in one, four of 6 bits in three; the latter stored as
+    words, for sixteen in three."""
     bits = format_named(spec.encoding.format).bits
     if bits == 8:
-        return _store_bytes([("codes", "")], "column", 1, "GROUP", "C_padded")
+        return _store_units([("codes", "")], "column", 1, "GROUP", "C_padded")
     if bits == 4:
         split = "codes, high_codes = tl.split(tl.reshape(codes, (GROUPS, GROUP // 2, 2)))"
         lines = [split, "codes = codes | (high_codes << 4)"]
-        return lines + _store_bytes(
+        return lines + _store_units(
             [("codes", "")], "column // 2", 1, "GROUP // 2", "C_padded // 2"
         )
     lines = [
-        "even, odd = tl.split(tl.reshape(codes, (GROUPS, GROUP // 4, 2, 2)))",
-        "code0, code2 = tl.split(even)",
-        "code1, code3 = tl.split(odd)",
+        *_in_fours("code", "codes", "GROUP // 4"),
+        "codes = code0 | (code1 << 6) | (code2 << 12) | (code3 << 18)",
+        *_in_fours("four", "codes", "GROUP // 16"),
+        "codes_ptr = codes_ptr.to(tl.pointer_type(tl.int32), bitcast=True)",
     ]
     parts = (
-        ("(code0 | (code1 << 6))", ""),
-        ("((code1 >> 2) | (code2 << 4))", " + 1"),
-        ("((code2 >> 4) | (code3 << 2))", " + 2"),
+        ("(four0 | (four1 << 24))", ""),
+        ("((four1 >> 8) | (four2 << 16))", " + 1"),
+        ("((four2 >> 16) | (four3 << 8))", " + 2"),
     )
-    size = "C_padded // 4 * 3"
-    return lines + _store_bytes(list(parts), "column // 4 * 3", 3, "GROUP // 4", size)
+    size = "C_padded // 16 * 3"
+    return lines + _store_units(
+        list(parts), "column // 16 * 3", 3, "GROUP // 16", size, name="word", dtype="tl.int32"
+    )
 
 
-def _store_bytes(
-    parts: list[tuple[str, str]], first: str, apart: int, count: str, size: str
+def _in_fours(name: str, whole: str, count: str) -> Lines:
+    """{name}0 to {name}3, [GROUPS, count]: each fourth of `whole`, from the first to the fourth."""
+    return [
+        f"even, odd = tl.split(tl.reshape({whole}, (GROUPS, {count}, 2, 2)))",
+        f"{name}0, {name}2 = tl.split(even)",
+        f"{name}1, {name}3 = tl.split(odd)",
+    ]
+
+
+def _store_units(
+    parts: list[tuple[str, str]],
+    first: str,
+    apart: int,
+    count: str,
+    size: str,
+    *,
+    name: str = "byte",
+    dtype: str = "tl.uint8",
 ) -> Lines:
-    """`parts`: values, low byte meant, and their offset; `first`: byte of a group in its row."""
+    """`parts`: values, of which the low bits that `dtype` has are meant, and their offset; `first`:
+    unit of a group in its row of `size` units."""
     each = f"tl.arange(0, {count})[None, :]"
     lines = [
-        f"byte = ({first})[:, None] + {each}{f' * {apart}' if apart > 1 else ''}",
-        f"codes_ptrs = codes_ptr + row.to(tl.int64)[:, None] * ({size}) + byte",
-        f"inside = (row < R)[:, None] & (byte < {size})",
+        f"{name} = ({first})[:, None] + {each}{f' * {apart}' if apart > 1 else ''}",
+        f"codes_ptrs = codes_ptr + row.to(tl.int64)[:, None] * ({size}) + {name}",
+        f"inside = (row < R)[:, None] & ({name} < {size})",
     ]
     for value, offset in parts:
-        lines += [store(f"codes_ptrs{offset}", f"{value}.to(tl.uint8)", "inside")]
+        lines += [store(f"codes_ptrs{offset}", f"{value}.to({dtype})", "inside")]
     return lines
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -82,7 +83,7 @@ def clip_mask(
     key = ("clip_mask", *layout_of(x), encoding, contracted_dim, capability)
     with on_device(x.device):
         run = ready(key, lambda: _masker(x, encoding, contracted_dim, capability))
-        made: Tensor = run(x, _checked(seed, encoding))
+        made: Tensor = run(x, _checked(seed, _of_mask(encoding)))
     return made
 
 
@@ -247,6 +248,11 @@ def _checked(seed: Tensor | None, encoding: Encoding) -> Tensor | None:
     if seed is None and encoding.needs_seed:
         raise ValueError(f"encoding {encoding} draws random numbers and needs a seed")
     return seed
+
+
+def _of_mask(encoding: Encoding) -> Encoding:
+    """The encoding as far as its clip mask depends on it, which rounding does not change."""
+    return replace(encoding, rounding="nearest")
 
 
 # ------------------------------------------------------------------ values and products
@@ -493,7 +499,7 @@ def ready_clip_mask(
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """What the operator `clip_mask` runs for tensors laid out as these."""
     parsed = Encoding.parse(encoding)
-    _checked(seed, parsed)
+    _checked(seed, _of_mask(parsed))
     return _masker(x, parsed, contracted_dim, capability)
 
 

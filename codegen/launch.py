@@ -44,6 +44,7 @@ from hadagraph.codegen.spec import Capability, ColumnWriteSpec, check_capability
 from hadagraph.codegen.store import emitted_sources
 from hadagraph.codegen.tune import ColumnsConfig, LibraryMm, RowsConfig
 from hadagraph.codegen.tuned import MmChoice
+from hadagraph.compat import compute_capability
 from hadagraph.formats import Encoding
 from hadagraph.ops import LIBRARY
 from hadagraph.reference import scaled_mm_reference
@@ -68,7 +69,7 @@ _READY: dict[tuple[Hashable, ...], Callable[..., Any]] = {}
 
 @lru_cache(maxsize=64)
 def capability_of(device: torch.device) -> Capability:
-    return torch.cuda.get_device_capability(device)
+    return compute_capability(device)
 
 
 def prepare(device: torch.device | str, rotations: Iterable[Rotation] = ()) -> None:

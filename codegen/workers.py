@@ -26,7 +26,8 @@ from hadagraph.compat import submit_to_compile_worker
 
 log = logging.getLogger(__name__)
 LONGEST_WAIT = 120.0
-"""Seconds that a first launch waits for a worker before it compiles by itself."""
+"""Seconds that a first launch waits for a worker before it compiles by itself. Where that was in
+vain, workers are taken to hang: no later launch of this process waits."""
 POINTERS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -52,12 +53,13 @@ class Request:
 
 @dataclass
 class Totals:
-    """Of this process: kernels given to workers, the seconds those took there (all added up), and
-    the seconds that first launches waited for them."""
+    """Of this process: kernels given to workers, the seconds those took there (all added up), the
+    seconds that first launches waited for them, and how many waits ended without a result."""
 
     kernels: int = 0
     worker_seconds: float = 0.0
     waited_seconds: float = 0.0
+    waits_in_vain: int = 0
 
 
 TOTALS = Totals()
@@ -66,7 +68,7 @@ _SUBMITTED: dict[Request, Future[float]] = {}
 
 def submit(request: Request, target: GPUTarget) -> bool:
     """Starts compiling the kernel unless that was done before; whether a worker took it."""
-    if request in _SUBMITTED:
+    if request in _SUBMITTED or TOTALS.waits_in_vain:
         return False
     module = kernel_module(request.spec)
     future = submit_to_compile_worker(
@@ -98,11 +100,16 @@ def _finished(request: Request, future: Future[float]) -> None:
 def wait_for(request: Request) -> None:
     """Returns when no worker compiles this kernel any more: it may be in the cache now."""
     future = _SUBMITTED.get(request)
-    if future is None or future.done():
+    if future is None or future.done() or TOTALS.waits_in_vain:
         return
     began = time.perf_counter()
     if not wait([future], LONGEST_WAIT).done:
-        log.info("%s: no worker had compiled it after %g s", request.spec.name, LONGEST_WAIT)
+        TOTALS.waits_in_vain += 1
+        log.warning(
+            "%s: no worker had compiled it after %g s; kernels compile without workers from now on",
+            request.spec.name,
+            LONGEST_WAIT,
+        )
     TOTALS.waited_seconds += time.perf_counter() - began
 
 

@@ -1,6 +1,6 @@
 """The search of recipe `auto`: for each GEMM one of several ways to lower it, so that all together
-take least by predicted times while each is as precise as asked; and among plans nearly as fast, the
-one whose worst GEMM is most precise. Knows no graph and no plan.
+take least by predicted times while each is predicted to be as precise as asked; and among plans
+nearly as fast, the one whose worst GEMM is most precise. Knows no graph and no plan.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from hadagraph.formats import PER_KEPT_INDEX
 from hadagraph.recipes import RECIPES, ROLES, OperandRule
 
 AUTO = "auto"
-SLACK = 0.03
-"""Predictions are no better than this: of plans that differ by less the more precise is taken."""
+SLACK = 0.02
+"""Of plans whose predicted times differ by less the more precise is taken: what auto may lose
+against the fastest. Predictions err by more, which is beside it."""
 MOST_COMBINATIONS = 400
 """Of a part's choices that are all tried; where there are more, a descent."""
 LEAST_DIFFERENCE = 1.0
@@ -181,9 +182,9 @@ class Pricing:
 
 
 class Search:
-    """Chooses for all parts of a graph. budget: dB that every GEMM reaches, or it stays in high
-    precision. profile: None where nothing is known of the device; then the most precise option is
-    taken. host: whether launches cost the host time."""
+    """Chooses for all parts of a graph. budget: dB that every GEMM is predicted to reach, or it
+    stays in high precision. profile: None where nothing is known of the device; then the most
+    precise option is taken. host: whether launches cost the host time."""
 
     def __init__(
         self, parts: Sequence[Part], profile: DeviceProfile | None, budget: float, host: bool

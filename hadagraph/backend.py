@@ -126,7 +126,7 @@ def _cuda_devices(inputs: Sequence[Any]) -> list[torch.device]:
 
 def _capability(inputs: Sequence[Any]) -> tuple[int, int] | None:
     """The least compute capability of the inputs' CUDA devices; None on the CPU."""
-    found = [torch.cuda.get_device_capability(device) for device in _cuda_devices(inputs)]
+    found = [compat.compute_capability(device) for device in _cuda_devices(inputs)]
     return min(found, default=None)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hadagraph.config import parse_options
-from hadagraph.explanation import compiled_aside, run_backward, same_state
+from hadagraph.explanation import compiled_aside, run_backward, same_state, training_mode
 from hadagraph.observation import Observer
 from hadagraph.profile import Profile
 from hadagraph.reports import Collector
@@ -30,7 +30,9 @@ def calibrate(
     scalar; ValueError otherwise). options: as for `torch.compile`; `keep`, `min_size` and
     `overrides` say what is observed. profile: an earlier one, which this run goes on with.
 
-    Runs in eager mode; weights, buffers, gradients and the random state are left as they were.
+    Runs in eager mode, in the module's own mode (`train`, `eval`), under the caller's autocast if
+    there is one, and with gradients even under `torch.no_grad`; weights, buffers, gradients and the
+    random state are left as they were, whatever is raised.
     Tensors are not kept: statistics are added up on the device. Where torch.distributed is
     initialized all ranks must call this, each with batches of its own, and get the same profile.
     ValueError if there was no batch or no matmul.
@@ -40,7 +42,7 @@ def calibrate(
     count = 0
     try:
         compiled = compiled_aside(model, asked.observing(observer.number), Collector())
-        with same_state(model):
+        with same_state(model), training_mode():
             for batch in batches:
                 inputs, kwargs = _arguments(batch)
                 output = compiled(*inputs, **kwargs)

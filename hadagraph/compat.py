@@ -46,6 +46,7 @@ __all__ = [
     "boxed",
     "cache_dir",
     "compile_fx",
+    "compute_capability",
     "cuda_driver_version",
     "detect_fake_mode",
     "empty_strided_cuda",
@@ -127,12 +128,12 @@ def without_caches() -> Iterator[None]:
 
 def submit_to_compile_worker(task: Callable[..., Any], *arguments: Any) -> Future[Any] | None:
     """Runs a picklable task in one of Inductor's worker processes; None where there are none: the
-    option compile_threads is 1, or this process must have no children."""
+    option compile_threads is 1, this process must have no children, or the workers are gone."""
     if get_compile_threads() <= 1:
         return None
     try:
         return AsyncCompile.process_pool().submit(task, *arguments)
-    except RuntimeError as error:  # a daemonic process, or a pool that is closed
+    except (RuntimeError, OSError) as error:  # a daemonic process, or a pool closed or killed
         log.debug("no compile worker: %s", error)
         return None
 
@@ -166,6 +167,17 @@ def size_bounds(size: torch.SymInt) -> tuple[int, int | None]:
     bounds = size.node.shape_env.bound_sympy(size.node.expr)
     most = int(bounds.upper) if bounds.upper.is_Integer else None
     return int(bounds.lower) if bounds.lower.is_Integer else 0, most
+
+
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device. RuntimeError where torch is built for ROCm, which numbers other chips so:
+    kernels are chosen and written for NVIDIA's."""
+    if torch.version.hip is not None:
+        raise RuntimeError(
+            f"hadagraph's kernels are for NVIDIA GPUs, and this torch ({torch.__version__}) is "
+            "built for ROCm; on the CPU the operators run by their references"
+        )
+    return torch.cuda.get_device_capability(device)
 
 
 def cuda_driver_version() -> int:

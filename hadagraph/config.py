@@ -35,7 +35,8 @@ class Config:
         wins.
     keep: globs over module paths whose GEMMs stay in high precision unless an override names them.
     min_size: a GEMM with a known dim below this stays in high precision.
-    error_budget_db: the SQNR in dB that recipe `auto` asks of every GEMM, as predicted.
+    error_budget_db: the SQNR in dB that recipe `auto` asks of every GEMM, as predicted: with
+        `profile` each from its own statistics, without by priors, of which one in ten falls short.
     target: a chip of `hadagraph.device.CHIPS` to plan for, whatever device there is.
     never_slower: what the device's profile predicts to lose against bf16 stays, unless an override
         names it.

@@ -49,7 +49,7 @@ from hadagraph.operands import stream_name
 from hadagraph.philox import stream_number
 from hadagraph.plan import Decision, OperandPlan
 from hadagraph.recompute import Recomputation, copies_of_saved, nbytes, own_chain
-from hadagraph.rotation import PerStep
+from hadagraph.rotation import PerStep, Rotation
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Side:
 def sides_of(node: fx.Node, decision: Decision, named: dict[str, fx.Node]) -> tuple[Side, Side]:
     """The two operands of a GEMM after insert_rotations; `named`: the graph's GEMMs by name."""
     forward = named.get(decision.forward or "")
+    apart = any(plan is not None and plan.outliers for plan in (decision.lhs, decision.rhs))
     found = []
     for argument, plan, what in (
         (arguments(node)[0], decision.lhs, decision.site.lhs),
@@ -83,10 +84,12 @@ def sides_of(node: fx.Node, decision: Decision, named: dict[str, fx.Node]) -> tu
         source = seen.base
         if plan.rotation is not None and plan.is_quantized:
             inner = inner_rotation(argument)
-            if inner is None:
-                plan = replace(plan, rotation=None)
-            else:
+            if inner is not None:
                 source = arguments(inner)[0]
+            elif apart:  # products with outliers are of both operands in the plain basis
+                source = _unrotated(source, seen.contracted_dim, plan.rotation)
+            else:
+                plan = replace(plan, rotation=None)
         found.append(Side(node, source, seen.contracted_dim, plan, what, forward))
     return found[0], found[1]
 
@@ -108,6 +111,8 @@ class EncodedGemms:
         self.measure = measure
         named = {node.name: node for node in decisions}
         self.sides = {node: sides_of(node, d, named) for node, d in decisions.items()}
+        sources = {side.source for both in self.sides.values() for side in both}
+        self.backward |= {n for n in sources if self.backward.intersection(n.all_input_nodes)}
         self.made: dict[Any, Any] = {}
         self.chains: dict[fx.Node, tuple[fx.Node, ...] | None] = {}
         self.by_gemm: dict[fx.Node, list[fx.Node]] = {}
@@ -319,14 +324,16 @@ class EncodedGemms:
 
     def _mask(self, node: fx.Node) -> fx.Node | None:
         """Where the forward clipped the operand that this GEMM is the gradient of, in the GEMM's
-        orientation; None where it did not."""
+        orientation; None where it did not, and where an override took the GEMM's operands from
+        elsewhere than the forward's codes."""
         decision = self.decisions[node]
         forward = self.sides[node][0].forward
         if forward is None or forward not in self.sides:
             return None
         wanted = {"grad_input": "input", "grad_weight": "weight"}[decision.site.role]
         theirs = next(s for s in self.sides[forward] if s.named == wanted)
-        if not theirs.plan.clip_masked:
+        is_in_its_basis = any(side.plan.reads == "forward" for side in self.sides[node])
+        if not (theirs.plan.clip_masked and is_in_its_basis):
             return None
         mask = self._clip_mask(theirs, node)
         is_transposed = decision.site.lhs != "grad_output"
@@ -449,6 +456,14 @@ class EncodedGemms:
         site = self.decisions[node].site
         args = (result, *operands, seed, *outers, f"{site.name}:{site.role}")
         return create(self.graph, ops.measured, args, node)
+
+
+def _unrotated(node: fx.Node, dim: int, rotation: Rotation) -> fx.Node:
+    """A tensor whose rotation met its inverse, un-rotated all the same."""
+    with node.graph.inserting_before(node.next):
+        seed = (seed_for(node),) if isinstance(rotation.signs, PerStep) else ()
+        args = (node, dim, str(rotation), size_of(node, dim, node), *seed)
+        return create(node.graph, ops.unrotate, args, node)
 
 
 def _reading(side: Side, old: fx.Node, new: fx.Node) -> Side:

@@ -67,12 +67,14 @@ NONE = Noise(0.0, 0.0, 0.0)
 
 def predicted_sqnr(site: SiteStatistics, lhs: Encoding | None, rhs: Encoding | None) -> float:
     """dB of the GEMM with these encodings of its operands (in the site's order); None: the
-    operand's own precision."""
+    operand's own precision. 0 where the output was all zeros, of which any error is too much."""
     left = operand_noise(site.lhs, lhs, (site.m, site.c))
     right = operand_noise(site.rhs, rhs, (site.n, site.c))
     error = _product_error(site, lhs, left, 0) + _product_error(site, rhs, right, 1)
     error += left.total * right.total + _dropped(site, lhs or rhs)
     signal = site.alignment
+    if signal == 0.0:
+        return 0.0
     return min(BEST, 10 * math.log10(signal / max(error, signal * 10 ** (-BEST / 10))))
 
 
@@ -300,8 +302,9 @@ DROPPED_DB = 3.0
 def prior_sqnr(
     role: str, operands: tuple[str, str], lhs: Encoding | None, rhs: Encoding | None
 ) -> float:
-    """dB without statistics, erring to the safe side. operands: what they are (`input`, `weight`,
-    `grad_output`); None: the operand's own precision. ValueError on an unknown role."""
+    """dB without statistics: what about nine in ten GEMMs of SmolLM2-135M exceed; the worst has
+    some dB less. operands: what they are (`input`, `weight`, `grad_output`); None: the operand's
+    own precision. ValueError on an unknown role."""
     if role not in _ROLES:
         raise ValueError(f"role must be one of {', '.join(_ROLES)}, got {role!r}")
     error = 10 ** (-BEST / 10)

@@ -67,8 +67,9 @@ def measure_sqnr(
     """
     config = parse_options(None, {**_eager(options), "measure": True})
     ops.MEASURED.clear()
-    _, output = _run_once(model, inputs, kwargs, config)
-    run_backward("measure_sqnr", model, inputs, kwargs, output, loss)
+    with training_mode():
+        _, output = _run_once(model, inputs, kwargs, config)
+        run_backward("measure_sqnr", model, inputs, kwargs, output, loss)
     found: dict[str, dict[str, float]] = {role: {} for role in ROLES}
     for name, decibels in ops.MEASURED.items():
         site, _, role = name.rpartition(":")
@@ -126,6 +127,13 @@ def compiled_aside(
     )
     compiled: Callable[..., Any] = torch.compile(own, backend=backend)
     return compiled
+
+
+@contextmanager
+def training_mode() -> Iterator[None]:
+    """Record gradients, also where the caller has turned that off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @contextmanager

@@ -99,9 +99,13 @@ def _plan(
         inner = Rotation(_block(contracted, rule.max_block), signs)
     if rule.outer_block is not None:
         outer = Rotation(_block(kept, rule.outer_block))
-    if rule.reads == "forward":
+    reads = rule.reads
+    if reads == "forward":
         made = forward_plan(forward, named)
-        outer = made.rotation if made is not None else None
+        if made is not None and _is_readable(made):
+            outer = made.rotation
+        else:
+            reads = "value"
     return OperandPlan(
         rule.format,
         rule.granularity,
@@ -115,7 +119,7 @@ def _plan(
         outer_tokens_kept=rule.outer_tokens_kept,
         outliers=rule.outliers,
         outlier_axis=rule.outlier_axis,
-        reads=rule.reads,
+        reads=reads,
     )
 
 
@@ -124,6 +128,13 @@ def forward_plan(forward: Decision | None, named: str) -> OperandPlan | None:
     if forward is None:
         return None
     return forward.lhs if forward.site.lhs == named else forward.rhs
+
+
+def _is_readable(made: OperandPlan) -> bool:
+    """Whether codes alone, un-rotated along the contracted dim, are all of what they were made of.
+    Within a recipe they are; an override may have changed the forward."""
+    aside = made.outer or made.outer_tokens_kept or made.outliers
+    return made.is_quantized and not aside
 
 
 def _block(size: Size, most: int) -> int:

@@ -51,8 +51,6 @@ def random_signs(seed: torch.Tensor, block: int, stream: int) -> torch.Tensor:
 
 
 def _multiplied(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of a 32 by 32 bit product, without overflowing int64."""
-    upper, lower = (x >> 16) * factor, (x & 0xFFFF) * factor
-    high = (upper + (lower >> 16)) >> 16
-    low = ((upper << 16) + lower) & _MASK
-    return high & _MASK, low
+    """High and low 32 bits of a 32 by 32 bit product: int64 wraps, which keeps all its bits."""
+    product = x * factor
+    return (product >> 32) & _MASK, product & _MASK

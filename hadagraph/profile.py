@@ -176,7 +176,10 @@ class Profile:
             raise ValueError(
                 f"profile must be one that hadagraph.calibrate wrote, of version {VERSION}"
             )
-        return Profile(tuple(_site_of(entry) for entry in data["sites"]))
+        try:
+            return Profile(tuple(_site_of(entry) for entry in data["sites"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"profile is damaged: {type(error).__name__}: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json` to a file, as a whole."""

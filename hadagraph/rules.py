@@ -159,10 +159,10 @@ class Recipe:
             if forward is None or not forward.is_quantized:
                 yield f"{where} needs rules for 'output' that quantize its {operand}"
                 continue
-            if rule.outer_block is not None and forward.max_block is not None:
+            if rule.outer_block is not None:
                 yield (
                     f"outer_block={rule.outer_block} of the {side} operand: what the forward made "
-                    f"of it is rotated along that dim already; outer_block must be None"
+                    f"of it is read in the basis it has there; outer_block must be None"
                 )
             for name in (*_OUTER, "outliers"):
                 if getattr(forward, name):

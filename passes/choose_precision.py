@@ -29,7 +29,8 @@ def choose_precision(
     host: bool = True,
     fused: bool = True,
 ) -> Plan:
-    """The plan without candidates: one is chosen, or none reaches `budget` dB and the GEMM stays.
+    """The plan without candidates: one is chosen, or none is predicted at `budget` dB and the GEMM
+    stays.
 
     profile: the device's; None where nothing is known of it, and then the most precise is taken.
     statistics: of a calibration; a GEMM that it has not seen, or all without it, is judged by

@@ -228,6 +228,7 @@ def _decide(
             if capability is not None and capability < needed:
                 reason = f"{rule.format} needs compute capability {needed}, have {capability}"
                 return Decision(site, reason=reason)
+    _log_what_the_forward_lacks(site, pair, (left, right), forward)
     candidates: tuple[Candidate, ...] = ()
     if recipe.name == AUTO:
         candidates = _candidates(gemm, site, config, capability)
@@ -240,6 +241,32 @@ def _decide(
         candidates=candidates,
         forward=None if forward is None else forward.site.node,
     )
+
+
+def _log_what_the_forward_lacks(
+    site: GemmSite,
+    pair: tuple[OperandRule, OperandRule],
+    plans: tuple[OperandPlan, OperandPlan],
+    forward: Decision | None,
+) -> None:
+    """Where forward and gradient have rules of different recipes."""
+    if "forward" in (plan.reads for plan in plans):
+        return
+    if "forward" in (rule.reads for rule in pair):
+        log.info(
+            "%s %s reads values: its forward has no codes that are all of them",
+            site.name,
+            site.role,
+        )
+    masked = forward is not None and any(
+        plan is not None and plan.clip_masked for plan in (forward.lhs, forward.rhs)
+    )
+    if masked:
+        log.info(
+            "%s %s is not masked where the forward clipped: it does not read the forward's codes",
+            site.name,
+            site.role,
+        )
 
 
 def _plans(

@@ -4,11 +4,13 @@ training that users have. The eager executor where the compiler adds nothing to 
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
 from models import Mlp, decibels, gradients, tiny_llama, tokens
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import hadagraph
 from hadagraph import compat
@@ -55,6 +57,26 @@ def test_gradients_of_a_llama_match_eager(recipe, floor_db):
     lowered = [site for site in report.sites if site.lowered]
     assert len(lowered) == 2 * 7 * 3  # layers x Linears x GEMMs
     assert any((got[1][n] != want[1][n]).any() for n in want[1]), "nothing was quantized"
+
+
+@pytest.mark.slow
+def test_where_nothing_is_lowered_the_compilers_own_code_runs():
+    """No launch, tensor saved or recomputation besides, so that nothing can be slower."""
+    model = nn.Sequential(nn.LayerNorm(48), Mlp())
+
+    def kernels(**backend):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, **backend)
+        step = lambda: compiled(torch.ones(24, 48)).sum().backward()  # noqa: E731
+        _, codes = run_and_get_code(step)
+        bodies = [code[code.index("def call(") :] for code in codes]
+        calls = [re.findall(r"(?:cpp_fused_|extern_kernels\.)\w+\(", body) for body in bodies]
+        saved = [len(re.findall(r"^ +(.*) = args$", body, re.M)[0].split(",")) for body in bodies]
+        return calls, saved
+
+    plain = kernels()
+    assert len(plain[0]) == 2 and plain[0][0]
+    assert kernels(backend="hadagraph", options={"recipe": "auto", "min_size": 1 << 20}) == plain
 
 
 def test_the_bf16_recipe_changes_nothing():

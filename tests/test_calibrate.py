@@ -212,7 +212,18 @@ def test_a_profile_is_read_back_as_it_was(profile, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"hadagraph_profile": 99, "sites": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"hadagraph_profile": 99, "sites": []}',
+        '{"hadagraph_profile": 1}',
+        '{"hadagraph_profile": 1, "sites": 3}',
+        '{"hadagraph_profile": 1, "sites": [{"lhs": []}]}',
+        '{"hadagraph_profile": 1, "sites": [{"lhs": {"kind": "input"}}]}',
+    ],
+)
 def test_what_is_no_profile_is_refused(text):
     with pytest.raises(ValueError, match="profile"):
         Profile.from_json(text)
@@ -262,6 +273,31 @@ def test_a_run_leaves_the_model_and_the_random_state_alone():
     assert all(torch.equal(t, kept[n]) for n, t in model.state_dict().items())
     assert all(torch.equal(p.grad, grads[n]) for n, p in model.named_parameters())
     assert not hadagraph.report()
+
+
+def test_a_run_that_fails_leaves_the_model_alone_too():
+    model = Loss(nn.Sequential(nn.BatchNorm1d(48), Mlp())).train()
+    kept = {n: t.clone() for n, t in model.state_dict().items()}
+
+    def batches():
+        yield batch(0)
+        raise OSError("no more data")
+
+    random = torch.get_rng_state()
+    with pytest.raises(OSError, match="no more data"):
+        hadagraph.calibrate(model, batches())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(t, kept[n]) for n, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_the_backward_is_seen_even_where_gradients_are_off(off):
+    model, x = Loss(Mlp()).eval(), batch(0)
+    with off():
+        found = hadagraph.calibrate(model, [x])
+        assert not torch.is_grad_enabled()
+    assert {site.role for site in found.sites} == set(ROLES)
 
 
 class Named(nn.Module):

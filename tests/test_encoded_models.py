@@ -380,6 +380,42 @@ def test_a_masked_gradient_is_un_rotated_after_the_mask():
     assert worst > 25
 
 
+# ---------------------------------------------------------------------- overrides
+
+
+def test_a_gradient_of_another_recipe_is_not_masked(caplog):
+    """Its basis is not the one that the mask is of: 40 columns, padded there to 48."""
+    rule = replace(INT8, max_block=32, fit="mse")
+    back = replace(INT8, max_block=32)
+    pair = (back, replace(back, reads="forward"))
+    masked = recipe(rule, pair, pair, clip_masked=True)
+    model, x = nn.Linear(40, 64, bias=False), torch.randn(32, 40)
+    other = recipe(grad_weight=replace(INT8, rounding="stochastic"))
+    with caplog.at_level("INFO", "hadagraph"):
+        worst, _ = through(masked, x, model, overrides={"*:grad_weight": other})
+    assert worst > 25
+    assert "grad_weight is not masked where the forward clipped" in caplog.text
+
+
+def test_a_forward_of_another_recipe_rotated_along_what_it_keeps():
+    """Its codes are of the rotated weight, which grad_input contracts along that dim."""
+    reading = (INT8, replace(INT8, reads="forward"))
+    other = recipe((INT8, replace(INT8, outer_block=32)))
+    model, x = nn.Linear(48, 64), torch.randn(32, 48)
+    worst, _ = through(recipe(INT8, reading, reading), x, model, overrides={"*:output": other})
+    assert worst > 30
+
+
+def test_outliers_where_one_rotation_met_its_inverse():
+    """The gradient comes rotated from the Linear behind; the weight must be, too."""
+    model = nn.Sequential(nn.Linear(48, 80), nn.Linear(80, 64), nn.Linear(64, 48))
+    behind = recipe(grad_input=(INT8, replace(INT8, outer_block=16)))
+    rule = replace(INT8, max_block=16)
+    overrides = {"2": behind, "1": recipe(grad_input=(replace(rule, outliers=4), rule))}
+    worst, _ = through("bf16", torch.randn(72, 48), model, overrides=overrides)
+    assert worst > 30
+
+
 # ---------------------------------------------------------------------- reports and Inductor
 
 

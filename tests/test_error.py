@@ -112,6 +112,16 @@ def test_nothing_quantized_is_as_good_as_it_gets():
     assert prior_sqnr("output", OPERANDS["output"], None, None) == pytest.approx(BEST)
 
 
+def test_an_output_of_zeros_is_no_precise_one():
+    a, b = torch.zeros(32, 64), torch.zeros(48, 64)
+    a[:, :32], b[:, 32:] = 1.0, 1.0
+    sums, maxima = observed(a, b, a @ b.t())
+    site = site_statistics("x", "output", ("input", "weight"), (32, 48, 64), sums, maxima)
+    assert site is not None and site.alignment == 0.0
+    encoding = Encoding.parse("int8/per_kept_index")
+    assert predicted_sqnr(site, encoding, encoding) == 0.0
+
+
 def test_what_a_projection_drops_is_part_of_the_error():
     generator = torch.Generator().manual_seed(2)
     smooth = [torch.randn(n, C // 8, generator=generator).repeat_interleave(8, 1) for n in (M, N)]

@@ -56,6 +56,22 @@ def test_what_reads_the_forward_is_in_its_basis():
     assert plans(MXFP4, rule, role="grad_input", forward=Decision(site()))[1].outer is None
 
 
+@pytest.mark.parametrize(
+    "weight",
+    [
+        replace(MXFP4, outer_block=16),
+        replace(MXFP4, outliers=4),
+        OperandRule("bf16", outer_tokens_kept=(8, 16)),
+    ],
+)
+def test_codes_that_are_not_all_of_a_tensor_are_not_read(weight):
+    """An override may give the forward any rules."""
+    forward = Decision(site(), *plans(weight))
+    rule = replace(MXFP4, reads="forward")
+    _, right = plans(MXFP4, rule, role="grad_input", forward=forward)
+    assert (right.reads, right.outer) == ("value", None)
+
+
 def test_only_the_forward_is_masked():
     assert all(plan.clip_masked for plan in plans(MXFP4, clip_masked=True))
     for role in ("grad_input", "grad_weight"):

@@ -40,7 +40,7 @@ def test_what_the_page_shows_can_be_said():
     (toml,) = blocks("toml")
     made = recipe_from_toml(toml, recipe_named)
     assert (made.name, made.grad_input) == ("mine", None)
-    options = re.findall(r"options=(\{.*?\})\)", "".join(blocks("python")), re.DOTALL)
+    options = re.findall(r"options=(\{.*?\}),?\s*\)", "".join(blocks("python")), re.DOTALL)
     assert len(options) == 3
     for text in options:
         given = ast.literal_eval(text)

@@ -130,6 +130,13 @@ RECIPES_REFUSED = [
         },
         "role 'grad_input': outer_block=32 of the right operand: what the forward made of it is",
     ),
+    (  # also where the forward did not rotate
+        {
+            "output": (PLAIN, PLAIN),
+            "grad_input": (PLAIN, replace(PLAIN, reads="forward", outer_block=32)),
+        },
+        "role 'grad_input': outer_block=32 of the right operand: what the forward made of it is",
+    ),
     (
         {
             "output": (VALUE, replace(VALUE, outliers=4)),

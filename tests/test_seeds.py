@@ -69,6 +69,13 @@ def test_every_seed_is_taken(number):
     assert len(set(drawn())) == 4
 
 
+def test_neighboring_numbers_give_other_sequences():
+    """Not the same ones a step later."""
+    first = drawn(20)
+    torch.manual_seed(1235)
+    assert not set(first) & set(drawn(20))
+
+
 def test_neighboring_seeds_differ_in_about_half_of_their_bits():
     values = [value & ((1 << 64) - 1) for value in drawn(101)]
     flipped = [(a ^ b).bit_count() for a, b in zip(values[1:], values[:-1], strict=True)]
@@ -88,6 +95,20 @@ def test_begun_under_inference_mode(monkeypatch):
         first = drawn()
     following = drawn()
     assert len(set(first + following)) == 8
+
+
+def test_a_capture_does_not_begin_anew(monkeypatch):
+    """A fill that is captured would give each replay the same seed."""
+    torch.manual_seed(5)
+    following = drawn(2)[1]
+    torch.manual_seed(5)
+    seeds.restart()
+    drawn(1)
+    torch.manual_seed(6)
+    with monkeypatch.context() as patch:
+        patch.setattr(seeds, "_is_capturing", lambda device: True)
+        assert drawn(1) == [following]
+    assert drawn(1) != [following]
 
 
 @pytest.mark.gpu

@@ -25,7 +25,7 @@ from encode_checks import (
 from kernel_checks import integers, normals
 
 from hadagraph.codegen import encoded, transforms
-from hadagraph.encode import encode_reference
+from hadagraph.encode import clip_mask_reference, encode_reference
 from hadagraph.formats import Encoding
 from hadagraph.philox import philox_words
 from hadagraph.rotation import Rotation, rotate_reference
@@ -199,6 +199,16 @@ def test_rotations_that_kernels_refuse(caplog):
 def test_encoded_mm_of_nothing():
     check_mm(PRODUCTS[0], (0, 5, 16), None, BF16, "cpu", SM90)
     check_mm(PRODUCTS[4], (5, 0, 16), None, BF16, "cpu", SM90)
+
+
+@interpreter
+def test_a_mask_draws_no_rounding():
+    x, encoding = integers(10, 64, BF16), Encoding.parse(STOCHASTIC)
+    mask = encoded.clip_mask(x, None, encoding, 1, SM90)
+    assert torch.equal(mask, clip_mask_reference(x, encoding, 1, None))
+    assert encoded.ready_clip_mask(x, None, STOCHASTIC, 1, SM90)(x, None).equal(mask)
+    with pytest.raises(ValueError, match="needs a seed"):
+        encoded.clip_mask(x, None, Encoding.parse(SIX), 1, SM90)
 
 
 @interpreter

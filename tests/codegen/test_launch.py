@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from hadagraph import backend
 from hadagraph.codegen import choose, launch, matrices, tune
 from hadagraph.codegen.choose_chains import select_chain, wanted_of
 from hadagraph.reference import scaled_mm_reference
@@ -82,3 +84,12 @@ def test_matrices_of_kernels_that_are_compiled_ahead_are_not_kept(monkeypatch):
         assert (made := make(meta)).is_meta
         assert (made.shape, made.dtype) == ((kept := make(cpu)).shape, kept.dtype)
     assert {key[0] for key in matrices._MATRICES} == {cpu}
+
+
+def test_rocm_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(RuntimeError, match="built for ROCm"):
+        launch.capability_of(torch.device("cuda", 40))
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="ROCm"):
+        backend._capability([torch.empty(1, device="cuda:0")])
+    assert backend._capability([torch.empty(1)]) is None

@@ -220,6 +220,29 @@ def test_a_failed_worker_is_logged(pool, caplog):
     assert "no such instruction" in caplog.text
 
 
+def test_workers_that_hang_are_waited_for_once(pool, monkeypatch, caplog):
+    monkeypatch.setattr(workers, "LONGEST_WAIT", 0.05)
+    assert precompile.compile_ahead(CALLS[:2], HOPPER) > 1
+    with caplog.at_level(logging.WARNING, logger=workers.__name__):
+        for request in workers._SUBMITTED:
+            workers.wait_for(request)
+    assert len(caplog.records) == 1
+    assert workers.TOTALS.waits_in_vain == 1
+    assert workers.TOTALS.waited_seconds < 0.5
+    assert precompile.compile_ahead(CALLS[2:3], HOPPER) == 0
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), RuntimeError("closed")])
+def test_workers_that_are_gone_take_nothing(device, monkeypatch, error):
+    def submit(*_):
+        raise error
+
+    gone = SimpleNamespace(process_pool=lambda: SimpleNamespace(submit=submit))
+    monkeypatch.setattr(compat, "AsyncCompile", gone)
+    with compat.inductor_config.patch(compile_threads=2):
+        assert precompile.compile_ahead([CALLS[0]], HOPPER) == 0
+
+
 def test_a_worker_has_the_launcher_s_variables(monkeypatch):
     monkeypatch.setenv("TRITON_ONLY_HERE", "1")
     monkeypatch.setenv("TRITON_CACHE_DIR", "/worker")
