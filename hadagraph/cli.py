@@ -34,6 +34,8 @@ LAYERS = 2
 COMPARED = ("auto", "int8_rotated", "fp8_rowwise", "fp8_tensorwise")
 COMPARED_BLOCK_SCALED = ("mxfp8", "nvfp4", "mxfp4")
 BLOCK_SCALED_CAPABILITY = (10, 0)
+PLAN_WIDTH = 200
+"""Characters of a line where the output is no terminal."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     console = Console()
+    if not console.is_terminal:  # a file or a pager: as wide as the plan's table is readable
+        console = Console(width=PLAN_WIDTH)
     try:
         run = {"doctor": _doctor, "explain": _explain}[options.command]
         run(options, console)

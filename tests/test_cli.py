@@ -24,8 +24,9 @@ SMALL = ["--layers", "1", "--batch", "1", "--sequence", "256"]
 
 
 @pytest.fixture(autouse=True)
-def _wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "250")
+def _narrow(monkeypatch):
+    """What is no terminal gets a readable table all the same."""
+    monkeypatch.setenv("COLUMNS", "80")
 
 
 @pytest.fixture(scope="module")
