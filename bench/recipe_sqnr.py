@@ -96,6 +96,8 @@ def main() -> None:
     for recipe, roles in levels.items():
         for role, sites in roles.items():
             values = list(sites.values())
+            if not values:  # the recipe leaves this role in high precision
+                continue
             cells = (statistics.median(values), statistics.mean(values), min(values))
             table.add_row(recipe, role, *(f"{cell:.1f}" for cell in cells))
     Console().print(table)
