@@ -6,9 +6,8 @@ from __future__ import annotations
 from hadagraph.codegen.emit_block_scaled import NAMES
 from hadagraph.codegen.spec import BlockScaledMmSpec, Capability
 from hadagraph.codegen.tune import MmConfig
-from hadagraph.formats import Encoding
+from hadagraph.formats import BLOCK_SCALED_CAPABILITY, Encoding
 
-LEAST_CAPABILITY = (10, 0)
 BLOCKS = {"e8m0": 32, "ue4m3": 16}
 """Codes that share a scale, by the scales' format."""
 # Tiles: the first that gives nearly every SM a program. Never raced: untested on such devices.
@@ -26,7 +25,7 @@ PROGRAMS = 100
 def block_scaled_refusal(a: Encoding, b: Encoding, capability: Capability) -> str | None:
     """Why block-scaled matrix instructions cannot multiply the codes of two operands as they are;
     None if they can."""
-    if capability < LEAST_CAPABILITY:
+    if capability < BLOCK_SCALED_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} has none, 10.0 is needed"
     for encoding in (a, b):
         if encoding.format not in NAMES:

@@ -53,8 +53,7 @@ CANDIDATES: dict[str, dict[str, Pair]] = {
     "fp8_rowwise": _pairs("fp8_rowwise"),
     "fp8_tensorwise": _pairs("fp8_tensorwise"),
 }
-# Only for devices whose matrix instructions take block scales, from this compute capability on.
-BLOCK_SCALED_CAPABILITY = (10, 0)
+# Only for devices whose matrix instructions take block scales.
 BLOCK_SCALED: dict[str, dict[str, Pair]] = {
     name: _pairs(name) for name in ("mxfp8", "nvfp4", "mxfp4")
 }

@@ -24,7 +24,12 @@ from hadagraph.codegen.store import source_directory
 from hadagraph.comparison import Comparison, compare, trace
 from hadagraph.config import Config, parse_options
 from hadagraph.device import CHIPS, DeviceProfile, chip_named
-from hadagraph.formats import FORMATS, PLAIN_FORMATS, QUANTIZED_FORMATS
+from hadagraph.formats import (
+    BLOCK_SCALED_CAPABILITY,
+    FORMATS,
+    PLAIN_FORMATS,
+    QUANTIZED_FORMATS,
+)
 from hadagraph.measurement import measure_device, profile_of, profile_path
 from hadagraph.recipes import DEFAULT_RECIPE
 from hadagraph.shapes import SHAPES, blocks, example
@@ -33,7 +38,6 @@ LAYERS = 2
 """Of a model that are traced unless asked otherwise: the others are alike."""
 COMPARED = ("auto", "int8_rotated", "fp8_rowwise", "fp8_tensorwise")
 COMPARED_BLOCK_SCALED = ("mxfp8", "nvfp4", "mxfp4")
-BLOCK_SCALED_CAPABILITY = (10, 0)
 PLAN_WIDTH = 200
 """Characters of a line where the output is no terminal."""
 

@@ -69,6 +69,8 @@ FORMATS: dict[str, Format] = {
 QUANTIZED_FORMATS = tuple(name for name, row in FORMATS.items() if row.bits <= 8)
 # What the 8-bit kernels and GEMMs of every supported device take as it is.
 PLAIN_FORMATS = ("int8", "fp8_e4m3", "fp8_e5m2")
+# The first CUDA compute capability whose matrix instructions take block scales.
+BLOCK_SCALED_CAPABILITY = (10, 0)
 
 
 @dataclass(frozen=True)

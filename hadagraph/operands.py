@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from hadagraph.formats import PLAIN_FORMATS, Encoding, format_named
+from hadagraph.formats import BLOCK_SCALED_CAPABILITY, PLAIN_FORMATS, Encoding, format_named
 from hadagraph.plan import Decision, GemmSite, OperandPlan
 from hadagraph.recipes import PER_GEMM, OperandRule
 from hadagraph.rotation import PerStep, Rotation, block_for
@@ -16,7 +16,6 @@ from hadagraph.rotation import PerStep, Rotation, block_for
 Size = int | torch.SymInt
 Capability = tuple[int, int] | None
 
-BLOCK_SCALED_CAPABILITY = (10, 0)
 # What the block-scaled matrix instructions take: bits of the codes, block, format of the scales.
 _BLOCK_SCALED = ((8, 32, "e8m0"), (4, 32, "e8m0"), (4, 16, "ue4m3"))
 

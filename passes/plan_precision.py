@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from hadagraph.auto import AUTO, BLOCK_SCALED, BLOCK_SCALED_CAPABILITY, CANDIDATES
+from hadagraph.auto import AUTO, BLOCK_SCALED, CANDIDATES
 from hadagraph.config import Config
-from hadagraph.formats import format_named
+from hadagraph.formats import BLOCK_SCALED_CAPABILITY, format_named
 from hadagraph.graph import (
     Operand,
     arguments,
