@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hadagraph.codegen import workers
-from hadagraph.codegen.choose import QuantizePlan
+from hadagraph.codegen.choose import DTYPE_NAMES, QuantizePlan
 from hadagraph.codegen.direct import Launch, empty, zero_words
 from hadagraph.codegen.encode_spec import AnySpec
 from hadagraph.codegen.matrices import factor, matrix_on
@@ -282,6 +282,13 @@ def scaled_mm_call(
         return out
 
     return run
+
+
+def readable_bias(bias: Tensor | None) -> Tensor | None:
+    """A bias as the epilogues of matmuls read it, copied only where it isn't so."""
+    if bias is None:
+        return None
+    return (bias if bias.dtype in DTYPE_NAMES else bias.float()).contiguous()
 
 
 def block_scaled_mm_call(

@@ -1,5 +1,9 @@
 """Launches of chain kernels, made ready once per layout of the inputs: (inputs) -> codes, scales
-and values of every output of a chain. What runs is in `choose_chains`."""
+and values of every output of a chain. What runs is in `choose_chains`.
+
+After the first kernel, one output is finished before the next is begun: its codes are allocated
+when they are written, and its value, where nobody wants that, is freed.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from hadagraph.codegen.calls import (
     AMAX_ALIGNMENT,
     Matrix,
     Output,
+    Quantized,
     pass_launch,
     rows_launch,
     tiles_launch,
@@ -62,22 +67,30 @@ def chain_call(
     device = inputs[0].device
     results = _Results(T, K, chain, wanted, plan.values, device)
     if T == 0 or K == 0:
-        return lambda inputs: results.wanted(*results.allocate(empty_scales=True))
+        return lambda inputs: results.wanted(results.without_groups(), results.values())
     kernels = _Kernels(plan, wanted, results, strides)
-    runs = kernels.runs()
+    # Fewest codes first: they are allocated while most values are there.
+    order = sorted(range(len(wanted)), key=lambda output: len(wanted[output].layouts))
+    first, rest = kernels.first(), [(output, kernels.of(output)) for output in order]
     words = kernels.words
 
     def run_all(inputs: Sequence[Tensor]) -> list[Tensor]:
-        made, values = results.allocate()
+        made: Made = {}
+        values = results.values()
         bits = zero_words(words, device) if words else None
-        for run in runs:
-            run(inputs, made, values, bits)
+        if first is not None:
+            first(inputs, made, values, bits)
+        for output, runs in rest:
+            for run in runs:
+                run(inputs, made, values, bits)
+            if not wanted[output].value:
+                values[output] = None
         return results.wanted(made, values)
 
     return run_all
 
 
-Made = dict[tuple[int, str], tuple[Tensor, Tensor]]
+Made = dict[tuple[int, str], Quantized]
 """(output, layout) -> codes and scale."""
 Values = list[Tensor | None]
 Run = Callable[[Sequence[Tensor], Made, Values, Tensor | None], None]
@@ -108,18 +121,22 @@ class _Results:
             for output, here in zip(chain.outputs, written, strict=True)
         ]
 
-    def allocate(self, *, empty_scales: bool = False) -> tuple[Made, Values]:
-        """`empty_scales`: for empty tensors, whose codes are 0 and whose scales are 1."""
-        made = {side: output.allocate(self.device) for side, output in self.outputs.items()}
-        if empty_scales:
-            for codes, scale in made.values():
-                codes.zero_()
-                scale.fill_(1.0)
-        values = [
+    def codes(self, output: int, layout: str) -> Quantized:
+        return self.outputs[output, layout].allocate(self.device)
+
+    def values(self) -> Values:
+        return [
             None if dtype is None else empty(self.shape, dtype, self.device)
             for dtype in self.dtypes
         ]
-        return made, values
+
+    def without_groups(self) -> Made:
+        """Codes and scales of empty tensors, which are 0 and 1."""
+        made = {side: self.codes(*side) for side in self.outputs}
+        for codes, scale in made.values():
+            codes.zero_()
+            scale.fill_(1.0)
+        return made
 
     def wanted(self, made: Made, values: Values) -> list[Tensor]:
         results: list[Tensor] = []
@@ -165,7 +182,7 @@ def _copied(given: Tensor, needed: bool) -> Tensor:
 
 
 class _Kernels:
-    """The launches of a plan, in order; `words`: of the buffer for maxima."""
+    """The launches of a plan; `words`: of the buffer for maxima."""
 
     def __init__(
         self,
@@ -183,13 +200,17 @@ class _Kernels:
         }
         self.words = step * len(self.slices)
 
-    def runs(self) -> list[Run]:
+    def first(self) -> Run | None:
+        """What runs before all others."""
+        return None if self.plan.first is None else self._first(self.plan.first)
+
+    def of(self, output: int) -> list[Run]:
+        """What then makes one output's codes."""
         plan = self.plan
         return [
-            *([] if plan.first is None else [self._first(plan.first)]),
-            *map(self._rows, plan.rows),
-            *map(self._columns, plan.columns),
-            *map(self._tiles, plan.tiles),
+            *(self._rows(step) for step in plan.rows if step.output == output),
+            *(self._columns(step) for step in plan.columns if step.output == output),
+            *(self._tiles(step) for step in plan.tiles if step.output == output),
         ]
 
     def _apart(self, source: Source) -> tuple[int, ...]:
@@ -232,6 +253,7 @@ class _Kernels:
         value = step.spec.value
 
         def run(inputs: Sequence[Tensor], made: Made, values: Values, bits: Tensor | None) -> None:
+            made[side] = self.results.codes(*side)
             written = (_there(values[step.output]),) if value else ()
             launch(read(inputs, values), (*made[side], *written))
 
@@ -245,6 +267,7 @@ class _Kernels:
         where = self.slices[step.output]
 
         def run(inputs: Sequence[Tensor], made: Made, values: Values, bits: Tensor | None) -> None:
+            made[side] = self.results.codes(*side)
             launch(*read(inputs, values), _there(bits)[where], *made[side])
 
         return run
@@ -261,6 +284,7 @@ class _Kernels:
         launch = tiles_launch(step.plan, self._matrix(output), encodings, outputs)
 
         def run(inputs: Sequence[Tensor], made: Made, values: Values, bits: Tensor | None) -> None:
+            made.update({side: self.results.codes(*side) for side in sides})
             launch(_there(values[output]), [made[side] for side in sides])
 
         return run

@@ -154,13 +154,15 @@ def _tiles_plan(
 ) -> QuantizePlan:
     sides = (Side.of(rows) if rows else None, Side.of(columns) if columns else None)
     one_matrix = bool(rows and columns and rows.rotation and rows.rotation == columns.rotation)
+    least = -(-T // (WIDTH * SECOND_GRID_DIM))  # tiles a program, of a grid within its limit
+    amax_tiles, write_tiles = max(config.amax.tiles, least), max(config.write.tiles, least)
     amax = AmaxSpec(
         DTYPE_NAMES[dtype],
         AmaxSide.of(sides[0]),
         AmaxSide.of(sides[1]),
         one_matrix,
-        config.amax.tiles,
-        mask_rows=T % (WIDTH * config.amax.tiles) != 0,
+        amax_tiles,
+        mask_rows=T % (WIDTH * amax_tiles) != 0,
         mask_columns=K % WIDTH != 0,
         warps=config.amax.warps,
         stages=config.amax.stages,
@@ -170,11 +172,11 @@ def _tiles_plan(
         DTYPE_NAMES[dtype],
         *sides,
         one_matrix,
-        config.write.tiles,
+        write_tiles,
         config.write.descriptors and addressable and tma(capability),
         config.write.maxnreg,
         config.fragment_order,
-        mask_rows=T % (WIDTH * config.write.tiles) != 0,
+        mask_rows=T % (WIDTH * write_tiles) != 0,
         mask_columns=K % WIDTH != 0,
         warps=config.write.warps,
         stages=config.write.stages,
@@ -305,14 +307,7 @@ def select_scaled_mm(
             DTYPE_NAMES[out_dtype],
             None if bias_dtype is None else DTYPE_NAMES[bias_dtype],
             *per_tensor,
-            config.block_m,
-            config.block_n,
-            config.block_c,
-            config.group,
-            mask_m=M % config.block_m != 0,
-            mask_n=N % config.block_n != 0,
-            warps=config.warps,
-            stages=config.stages,
+            **config.fields(M, N),
             capability=capability,
         )
     longest = INT32_CONTRACTION if integer else FP8_CONTRACTION
@@ -321,19 +316,11 @@ def select_scaled_mm(
         b_format,
         DTYPE_NAMES[out_dtype],
         None if bias_dtype is None else DTYPE_NAMES[bias_dtype],
-        per_tensor[0],
-        per_tensor[1],
-        config.block_m,
-        config.block_n,
-        config.block_c,
-        config.group,
+        *per_tensor,
+        **config.fields(M, N),
         part=longest if longest < C else None,
         descriptors=config.descriptors,
-        mask_m=M % config.block_m != 0,
-        mask_n=N % config.block_n != 0,
         mask_c=not config.descriptors and C % config.block_c != 0,
-        warps=config.warps,
-        stages=config.stages,
         capability=capability,
     )
 

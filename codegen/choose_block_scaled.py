@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from hadagraph.codegen.emit_block_scaled import NAMES
 from hadagraph.codegen.spec import BlockScaledMmSpec, Capability
-from hadagraph.codegen.tune import MmConfig
+from hadagraph.codegen.tune import MmConfig, first_that_fills
 from hadagraph.formats import BLOCK_SCALED_CAPABILITY, Encoding
 
 BLOCKS = {"e8m0": 32, "ue4m3": 16}
@@ -61,10 +61,7 @@ def block_scaled_mm(
     M, N, C = sizes
     if config is None:
         ladder = _MM_100 if capability[0] == 10 else _MM_120
-        for config in ladder:
-            if -(-M // config.block_m) * -(-N // config.block_n) >= PROGRAMS:
-                break
-    assert config is not None
+        config = first_that_fills(ladder, M, N, PROGRAMS)
     return BlockScaledMmSpec(
         a.format,
         b.format,
@@ -74,16 +71,9 @@ def block_scaled_mm(
         b.granularity.kind == "block_2d",
         out_dtype,
         bias_dtype,
-        config.block_m,
-        config.block_n,
-        config.block_c,
-        config.group,
-        config.descriptors,
+        **config.fields(M, N),
+        descriptors=config.descriptors,
         arranged=capability[0] == 10 if arranged is None else arranged,
-        mask_m=M % config.block_m != 0,
-        mask_n=N % config.block_n != 0,
         mask_c=C % config.block_c != 0,
-        warps=config.warps,
-        stages=config.stages,
         capability=capability,
     )

@@ -145,7 +145,8 @@ class TilesStep:
 
 @dataclass(frozen=True)
 class ChainPlan:
-    """Kernels of one call, in order. `values`: the outputs whose values are written."""
+    """Kernels of one call: `first`, then those of each output. `values`: the outputs whose values
+    are written."""
 
     first: FirstStep | None
     rows: tuple[RowsStep, ...]
@@ -270,7 +271,7 @@ class _Planner:
         elif source.chain is None:
             config = rows_configuration(self.K, want.rows.rotation is not None, self.capability)
         else:
-            config = chain_rows_configuration(source.chain, self.capability)
+            config = chain_rows_configuration(source.chain, self.K, self.capability)
         dtype = CHAIN_DTYPES[self.chain.outputs[output].dtype]
         spec = rows_spec(self.T, self.K, dtype, want.rows, self.capability, config)
         value = want.value and output not in stored

@@ -16,7 +16,7 @@ from hadagraph.codegen.encode_spec import (
     EncodeSpec,
 )
 from hadagraph.codegen.spec import WIDTH, Capability, ScaledMmSpec
-from hadagraph.codegen.tune import MmConfig
+from hadagraph.codegen.tune import MmConfig, first_that_fills
 from hadagraph.encode import decode_dtype
 from hadagraph.formats import PER_KEPT_INDEX, PER_TENSOR, Encoding, format_named
 from hadagraph.rotation import PerStep, Rotation
@@ -259,25 +259,16 @@ def bf16_mm(
     """The scaled matmul of decoded operands, bf16 [M, C] and [N, C], given (M, N, C)."""
     M, N, C = sizes
     ladder = _MM_90 if capability[0] in (9, 10) else _MM_80
-    for config in ladder:
-        if -(-M // config.block_m) * -(-N // config.block_n) >= MM_PROGRAMS:
-            break
+    config = first_that_fills(ladder, M, N, MM_PROGRAMS)
     return ScaledMmSpec(
         "bf16",
         "bf16",
         out_dtype,
         bias_dtype,
         *per_tensor,
-        config.block_m,
-        config.block_n,
-        config.block_c,
-        config.group,
+        **config.fields(M, N),
         part=None,
         descriptors=config.descriptors,
-        mask_m=M % config.block_m != 0,
-        mask_n=N % config.block_n != 0,
         mask_c=not config.descriptors and C % config.block_c != 0,
-        warps=config.warps,
-        stages=config.stages,
         capability=capability,
     )

@@ -22,6 +22,7 @@ from hadagraph.codegen.primitives import (
     load,
     load_matrix,
     magnitudes,
+    reorder_fragments,
     rotate,
     store,
 )
@@ -33,7 +34,7 @@ from hadagraph.encode import (
     THREE_QUARTERS,
 )
 from hadagraph.formats import SCALE_FORMATS, Format, ScaleFormat, format_named
-from hadagraph.philox import ROUNDING, SIGNS
+from hadagraph.philox import ROUNDING, SIGNS, SIGNS_PER_COUNTER
 from hadagraph.reference import AMAX_FLOOR
 
 NAN = "float('nan')"
@@ -121,28 +122,39 @@ def _transform(spec: EncodeSpec) -> Lines:
     if spec.draws_signs and not spec.inverse:
         size, dtype = INPUT_BYTES[spec.input_dtype], TRITON_DTYPES[spec.input_dtype]
         lines += [
-            f"sign_bits = ((words & 1) << {8 * size - 1}).to(tl.int{8 * size})[None, :]",
+            f"sign_bits = (negative << {8 * size - 1}).to(tl.int{8 * size})[None, :]",
             f"x = (x.to(tl.int{8 * size}, bitcast=True) ^ sign_bits).to({dtype}, bitcast=True)",
         ]
+    runs = spec.rows * spec.parts
     if not spec.transformed:
+        if spec.draws_rounding and spec.kept_first:
+            lines += [
+                "# a thread read other rows; from here it holds neighbors, which share a counter",
+                f"even, odd = tl.split(tl.reshape(x, ({runs}, {spec.width // 2}, 2)))",
+                f"x = tl.reshape(tl.join(even, odd), ({runs}, {spec.width}))",
+            ]
         return [*lines, "y = x.to(tl.float32)"]
     lines += _load_matrix(spec)
-    shape = f"[{spec.rows * spec.parts}, {spec.width}]"
-    lines += rotate("x", "matrix", "y", spec.input_dtype, shape)
+    lines += rotate("x", "matrix", "y", spec.input_dtype, f"[{runs}, {spec.width}]")
+    if spec.fragment_order:
+        lines += reorder_fragments("y", str(runs), spec.width)
     lines += [f"y = y * {_normalization(spec)!r}"]
     if spec.draws_signs and spec.inverse:
-        lines += ["y = tl.where((words & 1)[None, :] != 0, -y, y)"]
+        lines += ["y = tl.where(negative[None, :] != 0, -y, y)"]
     return lines
 
 
 def _signs(spec: EncodeSpec) -> Lines:
-    """words: the lowest bit is set where a sign is -1."""
+    """negative: 1 where a sign is -1; one counter has the bits of them all."""
     assert spec.encoding.rotation is not None
     block = spec.encoding.rotation.block
+    assert block <= SIGNS_PER_COUNTER
     return [
-        f"index = (tl.arange(0, {spec.in_width}) % {block}).to(tl.uint32)",
-        "none = index * 0",
-        *_philox("index", "none", "signs_stream", SIGNS),
+        f"index = tl.arange(0, {spec.in_width}) % {block}",
+        _philox("0", "0", "signs_stream", str(SIGNS)),
+        "words = word0",
+        *(f"words = tl.where(index < {32 * k}, words, word{k})" for k in range(1, block // 32)),
+        "negative = (words >> (index % 32).to(tl.uint32)) & 1",
     ]
 
 
@@ -165,10 +177,9 @@ def _normalization(spec: EncodeSpec) -> float:
     return float(np.float32(block**-0.5))
 
 
-def _philox(low: str, high: str, stream: str, kind: int) -> Lines:
-    """words: the first of each counter's four."""
-    third, fourth = f"none + {stream}.to(tl.uint32)", f"none + {kind}"
-    return [f"words, _, _, _ = tl.philox(seed, {low}, {high}, {third}, {fourth})"]
+def _philox(low: str, high: str, stream: str, kind: str) -> str:
+    """word0 to word3 of each counter."""
+    return f"word0, word1, word2, word3 = tl.philox(seed, {low}, {high}, {stream}, {kind})"
 
 
 def _leave_maxima(spec: EncodeSpec) -> Lines:
@@ -379,14 +390,17 @@ def round_to_codes(format: Format, *, stochastic: bool) -> Lines:
 
 
 def _uniform() -> Lines:
-    """uniform: fp32 in [0, 1) for each code, by its place in [R, C_padded]."""
+    """uniform: fp32 in [0, 1) for each code; four neighbors share a counter, by their place in
+    [R, C_padded / 4]."""
     return [
-        "place = column[:, None] + tl.arange(0, GROUP)[None, :]",
-        "place = row.to(tl.int64)[:, None] * C_padded + place",
+        "place = (column // 4)[:, None] + tl.arange(0, GROUP // 4)[None, :]",
+        "place = row.to(tl.int64)[:, None] * (C_padded // 4) + place",
         "low = (place & 0xFFFFFFFF).to(tl.uint32)",
         "high = (place >> 32).to(tl.uint32)",
-        "none = low * 0",
-        *_philox("low", "high", "stream", ROUNDING),
+        "# were the kind no tensor, triton (3.6, 3.7) would move words through shared memory",
+        _philox("low", "high", "stream", f"low * 0 + {ROUNDING}"),
+        "words = tl.join(tl.join(word0, word2), tl.join(word1, word3))  # the last dims: 2, 2",
+        "words = tl.reshape(words, (GROUPS, GROUP))",
         f"uniform = (words >> 8).to(tl.int32).to(tl.float32) * {2.0**-24!r}",
     ]
 

@@ -76,6 +76,12 @@ class EncodeSpec:
         return self.result == CODES and self.encoding.rounding == "stochastic"
 
     @property
+    def fragment_order(self) -> bool:
+        """Whether the matrix's columns come in `hadagraph.codegen.matrices.fragment_order`: the
+        codes that share a random counter then lie in one thread."""
+        return self.draws_rounding and self.encoding.rotation is not None
+
+    @property
     def name(self) -> str:
         encoding = self.encoding
         parts = [encoding.format, encoding.granularity.kind]

@@ -22,6 +22,7 @@ from hadagraph.codegen.calls import (
     columns_call,
     library_call,
     on_device,
+    readable_bias,
     rows_call,
     scaled_mm_call,
     tiles_call,
@@ -269,9 +270,8 @@ def multiplier(
 def _launchable(operands: Operands) -> Operands:
     """The operands as kernels read them, copied only where they aren't."""
     a, b, a_scale, b_scale, bias = operands
-    if bias is not None:
-        bias = (bias if bias.dtype in DTYPE_NAMES else bias.float()).contiguous()
-    return _addressable(a), _addressable(b), a_scale.contiguous(), b_scale.contiguous(), bias
+    scales = a_scale.contiguous(), b_scale.contiguous()
+    return _addressable(a), _addressable(b), *scales, readable_bias(bias)
 
 
 def _addressable(codes: Tensor) -> Tensor:
@@ -287,14 +287,18 @@ def _quantize_cuda(x: Tensor, rows: str | None, columns: str | None) -> Outputs:
     """`quantize`, found by the encodings' text: an operator call parses nothing."""
     key = (*layout_of(x), rows, columns)
     with on_device(x.device):
-        outputs: Outputs = ready(key, lambda: _quantizer_of_texts(x, rows, columns))(x)
+        target = capability_of(x.device)
+        outputs: Outputs = ready(key, lambda: ready_quantize(target, x, rows, columns))(x)
     return outputs
 
 
-def _quantizer_of_texts(x: Tensor, rows: str | None, columns: str | None) -> Callable[..., Outputs]:
+def ready_quantize(
+    capability: Capability, x: Tensor, rows: str | None, columns: str | None
+) -> Callable[[Tensor], Outputs]:
+    """`quantizer`, of the encodings' text."""
     row_encoding = None if rows is None else Encoding.parse(rows)
     column_encoding = None if columns is None else Encoding.parse(columns)
-    return quantizer(x, row_encoding, column_encoding, capability_of(x.device))
+    return quantizer(x, row_encoding, column_encoding, capability)
 
 
 def _quantize_rows_cuda(x: Tensor, rows: str) -> Quantized:

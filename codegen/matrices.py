@@ -8,7 +8,7 @@ import torch
 from hadagraph.codegen.spec import WIDTH
 from hadagraph.rotation import Rotation, block_for, projection_matrix, signed_hadamard
 
-WIDTHS = (WIDTH // 4, WIDTH // 2, WIDTH)
+WIDTHS = (WIDTH // 8, WIDTH // 4, WIDTH // 2, WIDTH)
 """Of the matrices that kernels multiply by."""
 Projection = tuple[int, int]
 """(r, b): the r lowest-sequency Walsh rows of each block of b."""

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from hadagraph.codegen import encoded, launch, transforms, workers
+from hadagraph.codegen import encoded, encoded_mm, launch, transforms, workers
 from hadagraph.codegen.calls import noted
 from hadagraph.codegen.chains import chain_call
 from hadagraph.codegen.choose_chains import wanted_of
@@ -22,7 +22,6 @@ from hadagraph.codegen.emit import emit
 from hadagraph.codegen.spec import Capability
 from hadagraph.codegen.store import source_key
 from hadagraph.compat import static_hint, unset_fake_temporarily
-from hadagraph.formats import Encoding
 from hadagraph.region import Chain
 
 log = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ def requests_for(
         return []
     with unset_fake_temporarily(), noted() as requests:
         arguments = tree_map_only(torch.SymInt, static_hint, arguments)
-        make(*tree_map_only(Tensor, _without_memory, arguments), capability)
+        make(capability, *tree_map_only(Tensor, _without_memory, arguments))
     return requests
 
 
@@ -88,59 +87,29 @@ def _without_memory(tensor: Tensor) -> Tensor:
     return torch.empty_strided(sizes, strides, dtype=dtype, device="meta")
 
 
-def _quantizer(x: Tensor, rows: str | None, columns: str | None, capability: Capability) -> None:
-    row_encoding = None if rows is None else Encoding.parse(rows)
-    column_encoding = None if columns is None else Encoding.parse(columns)
-    launch.quantizer(x, row_encoding, column_encoding, capability)
+def _chain(capability: Capability, inputs: list[Tensor], chain: str, *wanted: Any) -> None:
+    chain_call(inputs, Chain.parse(chain), wanted_of(*wanted), capability)
 
 
-def _chain(
-    inputs: list[Tensor],
-    chain: str,
-    rows: list[str],
-    columns: list[str],
-    values: list[bool],
-    capability: Capability,
-) -> None:
-    chain_call(inputs, Chain.parse(chain), wanted_of(rows, columns, values), capability)
-
-
-def _scaled_mm(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-    capability: Capability,
-) -> None:
-    launch.multiplier((a, b, a_scale, b_scale, bias), out_dtype, capability)
-
-
-def _rotate(x: Tensor, dim: int, rotation: str, *rest: Any) -> None:
-    *seeds, capability = rest
-    transforms.ready_rotate(x, dim, rotation, seeds[0] if seeds else None, capability)
-
-
-def _unrotate(x: Tensor, dim: int, rotation: str, size: int, *rest: Any) -> None:
-    *seeds, capability = rest
-    transforms.ready_unrotate(x, dim, rotation, size, seeds[0] if seeds else None, capability)
+def _scaled_mm(capability: Capability, *arguments: Any) -> None:
+    *operands, out_dtype = arguments
+    launch.multiplier(tuple(operands), out_dtype, capability)
 
 
 READY: dict[str, Callable[..., object]] = {
-    "quantize_rows": lambda x, rows, capability: _quantizer(x, rows, None, capability),
-    "quantize_columns": lambda x, columns, capability: _quantizer(x, None, columns, capability),
-    "quantize_both": _quantizer,
+    "quantize_rows": lambda target, x, text: launch.ready_quantize(target, x, text, None),
+    "quantize_columns": lambda target, x, text: launch.ready_quantize(target, x, None, text),
+    "quantize_both": launch.ready_quantize,
     "quantize_chain": _chain,
     "scaled_mm": _scaled_mm,
-    "rotate": _rotate,
-    "unrotate": _unrotate,
+    "rotate": transforms.ready_rotate,
+    "unrotate": transforms.ready_unrotate,
     "project": transforms.ready_project,
     "unproject": transforms.ready_unproject,
     "encode": encoded.ready_encode,
     "clip_mask": encoded.ready_clip_mask,
     "decode": encoded.ready_decode,
-    "encoded_mm": encoded.ready_encoded_mm,
+    "encoded_mm": encoded_mm.ready_encoded_mm,
 }
-"""By operator: makes a call ready, as its first run would. It takes the operator's arguments and
-the capability."""
+"""By operator: makes a call ready, as its first run would. It takes the capability and the
+operator's arguments."""

@@ -8,8 +8,9 @@ R the size of the other dim, C that of the dim that is transformed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,14 +31,12 @@ from hadagraph.rotation import (
     PerStep,
     Rotation,
     project_reference,
-    rotate_reference,
     unproject_reference,
-    unrotate_reference,
 )
 
 log = logging.getLogger(__name__)
-Transform = Callable[[Tensor, Tensor | None], Tensor]
-"""(x, seed) -> out."""
+Transform = Callable[..., Tensor]
+"""(x, and the seed if the operator was given one) -> out."""
 
 
 def order_of(x: Tensor, dim: int) -> tuple[bool, int]:
@@ -74,7 +73,7 @@ def matrix_of(
         rotation = Rotation(rotation.block)
     if spec.inverse and rotation.signs is not None:
         return (inverse_on(device, dtype, rotation, spec.width),)
-    return (matrix_on(device, dtype, rotation, False, spec.width),)
+    return (matrix_on(device, dtype, rotation, spec.fragment_order, spec.width),)
 
 
 def transformer(
@@ -93,12 +92,12 @@ def transformer(
     elif x.dim() != 2:
         reason = f"it takes matrices, not tensors of {x.dim()} dims"
     if reason is not None:
-        _log_once(str(encoding.rotation or encoding.tokens_kept), reason)
+        log_refusal(str(encoding.rotation or encoding.tokens_kept), reason)
     if reason is not None or x.numel() == 0 or size == 0:
         return reference
     if not is_readable(x):
         again = transformer(x.contiguous(), dim, encoding, size, capability, reference)
-        return lambda x, seed: again(x.contiguous(), seed)
+        return lambda x, *seed: again(x.contiguous(), *seed)
     dim %= 2
     kept_first, stride = order_of(x, dim)
     R, C, device, dtype = x.shape[1 - dim], x.shape[dim], x.device, x.dtype
@@ -116,119 +115,113 @@ def transformer(
     launch = launch_of(spec, grid, (R, C, out_size, out_size, stride), streams)
     matrix = matrix_of(spec, encoding, dtype, device)
     shape = (out_size, R) if dim == 0 else (R, out_size)
+    drawn = spec.draws_signs
 
-    def run(x: Tensor, seed: Tensor | None) -> Tensor:
+    def run(x: Tensor, *seed: Any) -> Tensor:
         out = empty(shape, dtype, device)
-        seeds = () if seed is None or not spec.draws_signs else (seed,)
-        launch(x, *matrix, *seeds, out)
+        launch(x, *matrix, *(seed if drawn else ()), out)
         return out
 
     return run
 
 
 @cache
-def _log_once(what: str, reason: str) -> None:
+def log_refusal(what: str, reason: str) -> None:
+    """Says once that a reference runs in place of a kernel."""
     log.info("%s: by torch's operators, not by an emitted kernel: %s", what, reason)
 
 
+# ------------------------------------------------------------------ operators
+
+
 def ready_rotate(
-    x: Tensor, dim: int, rotation: str, seed: Tensor | None, capability: Capability
+    capability: Capability, x: Tensor, dim: int, rotation: str, seed: Tensor | None = None
 ) -> Transform:
     """What the operator `rotate` runs for tensors laid out as these."""
-    parsed = Rotation.parse(rotation)
+    parsed = _seeded(rotation, seed)
 
-    def reference(x: Tensor, seed: Tensor | None) -> Tensor:
-        if isinstance(parsed.signs, PerStep):
-            return rotate_with_seed(x, dim, parsed, seed).contiguous()
-        return rotate_reference(x, dim, parsed).contiguous()
+    def reference(x: Tensor, seed: Tensor | None = None) -> Tensor:
+        return rotate_with_seed(x, dim, parsed, seed).contiguous()
 
     encoding = Encoding("int8", PER_TENSOR, parsed)
-    return transformer(x, dim, encoding, None, capability, _seeded(reference, parsed, seed))
+    return transformer(x, dim, encoding, None, capability, reference)
 
 
 def ready_unrotate(
-    x: Tensor, dim: int, rotation: str, size: int, seed: Tensor | None, capability: Capability
+    capability: Capability,
+    x: Tensor,
+    dim: int,
+    rotation: str,
+    size: int,
+    seed: Tensor | None = None,
 ) -> Transform:
     """What the operator `unrotate` runs for tensors laid out as these."""
-    parsed = Rotation.parse(rotation)
+    parsed = _seeded(rotation, seed)
 
-    def reference(x: Tensor, seed: Tensor | None) -> Tensor:
-        if isinstance(parsed.signs, PerStep):
-            return unrotate_with_seed(x, dim, parsed, size, seed).contiguous()
-        return unrotate_reference(x, dim, parsed, size).contiguous()
+    def reference(x: Tensor, seed: Tensor | None = None) -> Tensor:
+        return unrotate_with_seed(x, dim, parsed, size, seed).contiguous()
 
     encoding = Encoding("int8", PER_TENSOR, parsed)
-    return transformer(x, dim, encoding, size, capability, _seeded(reference, parsed, seed))
+    return transformer(x, dim, encoding, size, capability, reference)
 
 
-def _seeded(reference: Transform, rotation: Rotation, seed: Tensor | None) -> Transform:
-    """The reference. ValueError if the rotation needs a seed and has none."""
+def _seeded(text: str, seed: Tensor | None) -> Rotation:
+    """The rotation. ValueError if it needs a seed and has none."""
+    rotation = Rotation.parse(text)
     if seed is None and isinstance(rotation.signs, PerStep):
         raise ValueError(f"rotation {rotation} draws its signs in each step and needs a seed")
-    return reference
+    return rotation
 
 
-def ready_project(x: Tensor, dim: int, kept: int, block: int, capability: Capability) -> Transform:
+def ready_project(capability: Capability, x: Tensor, dim: int, kept: int, block: int) -> Transform:
     """What the operator `project` runs for tensors laid out as these."""
     encoding = Encoding("int8", PER_TENSOR, tokens_kept=(kept, block))
 
-    def reference(x: Tensor, seed: Tensor | None) -> Tensor:
+    def reference(x: Tensor) -> Tensor:
         return project_reference(x, dim, (kept, block)).contiguous()
 
     return transformer(x, dim, encoding, None, capability, reference)
 
 
 def ready_unproject(
-    x: Tensor, dim: int, kept: int, block: int, size: int, capability: Capability
+    capability: Capability, x: Tensor, dim: int, kept: int, block: int, size: int
 ) -> Transform:
     """What the operator `unproject` runs for tensors laid out as these."""
     encoding = Encoding("int8", PER_TENSOR, tokens_kept=(kept, block))
 
-    def reference(x: Tensor, seed: Tensor | None) -> Tensor:
+    def reference(x: Tensor) -> Tensor:
         return unproject_reference(x, dim, (kept, block), size).contiguous()
 
     return transformer(x, dim, encoding, size, capability, reference)
 
 
-def _rotate_cuda(x: Tensor, dim: int, rotation: str, seed: Tensor | None = None) -> Tensor:
-    key = ("rotate", *layout_of(x), dim, rotation, seed is None)
-    with on_device(x.device):
-        run = ready(key, lambda: ready_rotate(x, dim, rotation, seed, capability_of(x.device)))
-        out: Tensor = run(x, seed)
-    return out
+def run_ready(
+    key: tuple[Hashable, ...],
+    make: Callable[..., Callable[..., Any]],
+    arguments: tuple[Any, ...],
+    tensors: tuple[Tensor | None, ...],
+) -> Any:
+    """What `make` makes ready, given the device's capability and an operator's `arguments`, run on
+    the `tensors` among them; found by `key` from the second call on."""
+    device = arguments[0].device
+    with on_device(device):
+        run = ready(key, lambda: make(capability_of(device), *arguments))
+        return run(*tensors)
 
 
-def _unrotate_cuda(
-    x: Tensor, dim: int, rotation: str, size: int, seed: Tensor | None = None
-) -> Tensor:
-    key = ("unrotate", *layout_of(x), dim, rotation, size, seed is None)
-    with on_device(x.device):
-        run = ready(
-            key, lambda: ready_unrotate(x, dim, rotation, size, seed, capability_of(x.device))
-        )
-        out: Tensor = run(x, seed)
-    return out
+def _implement(op: str, make: Callable[..., Transform], values: int) -> None:
+    """An operator of x, as many other values, and perhaps a seed."""
+
+    def run(x: Tensor, *rest: Any) -> Any:
+        seeds = rest[values:]
+        seeded = bool(seeds) and seeds[0] is not None
+        key = (op, *layout_of(x), *rest[:values], seeded)
+        return run_ready(key, make, (x, *rest), (x, *seeds))
+
+    LIBRARY.impl(op, run, "CUDA")
 
 
-def _project_cuda(x: Tensor, dim: int, kept: int, block: int) -> Tensor:
-    key = ("project", *layout_of(x), dim, kept, block)
-    with on_device(x.device):
-        run = ready(key, lambda: ready_project(x, dim, kept, block, capability_of(x.device)))
-        out: Tensor = run(x, None)
-    return out
-
-
-def _unproject_cuda(x: Tensor, dim: int, kept: int, block: int, size: int) -> Tensor:
-    key = ("unproject", *layout_of(x), dim, kept, block, size)
-    with on_device(x.device):
-        run = ready(
-            key, lambda: ready_unproject(x, dim, kept, block, size, capability_of(x.device))
-        )
-        out: Tensor = run(x, None)
-    return out
-
-
-LIBRARY.impl("rotate", _rotate_cuda, "CUDA")
-LIBRARY.impl("unrotate", _unrotate_cuda, "CUDA")
-LIBRARY.impl("project", _project_cuda, "CUDA")
-LIBRARY.impl("unproject", _unproject_cuda, "CUDA")
+_implement("rotate", ready_rotate, values=2)
+_implement("unrotate", ready_unrotate, values=3)
+_implement("project", ready_project, values=3)
+_implement("unproject", ready_unproject, values=4)

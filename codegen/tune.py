@@ -3,7 +3,9 @@ tensors; `candidates` lists what benchmarks race and tests must cover."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hadagraph.codegen.spec import VECTORS, WIDTH, Capability
 from hadagraph.region import MATRIX, Chain
@@ -83,6 +85,23 @@ class MmConfig:
     descriptors: bool
     group: int = 8
     pingpong: bool = False
+
+    def tiles(self, M: int, N: int) -> int:
+        """Of an output [M, N]."""
+        return -(-M // self.block_m) * -(-N // self.block_n)
+
+    def fields(self, M: int, N: int) -> dict[str, Any]:
+        """Of the spec of a matmul with this output."""
+        return {
+            "block_m": self.block_m,
+            "block_n": self.block_n,
+            "block_c": self.block_c,
+            "group": self.group,
+            "mask_m": M % self.block_m != 0,
+            "mask_n": N % self.block_n != 0,
+            "warps": self.warps,
+            "stages": self.stages,
+        }
 
 
 @dataclass(frozen=True)
@@ -172,12 +191,12 @@ TILES_RACED: dict[str, tuple[TilesConfig, ...]] = {
         TilesConfig(_FOUR, PassConfig(4, 8, 2, descriptors=True), fragment_order=False),
     ),
 }
-# Chains. Whole rows by the number of matrices that the chain reads: one, or more.
+# Chains. Whole rows: of chains that read one matrix with short rows, and of others.
 CHAIN_ROWS: dict[str, tuple[RowsConfig, RowsConfig]] = {
     "sm_80": (_LARGE_ROWS, _LARGE_ROWS),
     "sm_89": (_LARGE_ROWS, _LARGE_ROWS),
     "sm_90": (
-        RowsConfig(128, 8, 2, False, True, width=32),
+        RowsConfig(64, 4, 3, False, True, width=32),
         RowsConfig(128, 8, 2, False, True, width=32),
     ),
     "sm_100": (_UNORDERED_ROWS, _UNORDERED_ROWS),
@@ -201,6 +220,7 @@ _SMALL_COLUMNS = ColumnsConfig(
 # Chunks of 64 tokens compile three times faster than of 128: Triton's coalescing pass walks, for
 # each load, all that is connected with it.
 _COLUMNS = (
+    ColumnsConfig(VectorsConfig(256, 512, 4), VectorsConfig(128, 64, 2, 64, backward=True)),
     ColumnsConfig(VectorsConfig(256, 256, 4), VectorsConfig(128, 128, 2, 64, backward=True)),
     _SMALL_COLUMNS,
 )
@@ -240,7 +260,6 @@ COLUMNS_RACED: dict[str, tuple[ColumnsConfig, ...]] = {
     "sm_90": (
         ColumnsConfig(VectorsConfig(256, 256, 4), VectorsConfig(128, 128, 2, 128, backward=True)),
         ColumnsConfig(VectorsConfig(128, 256, 2), VectorsConfig(128, 128, 2, 128)),
-        ColumnsConfig(VectorsConfig(256, 512, 4), VectorsConfig(128, 128, 2, 64, backward=True)),
         ColumnsConfig(
             VectorsConfig(256, 256, 4, tokens_first=True), VectorsConfig(256, 128, 4, 64)
         ),
@@ -328,10 +347,11 @@ def tiles_configuration(
     return ladder[-1]
 
 
-def chain_rows_configuration(chain: Chain, capability: Capability) -> RowsConfig:
-    """The table's configuration of the whole-row kernel of a chain."""
-    matrices = sum(each.shape == MATRIX for each in chain.inputs)
-    return CHAIN_ROWS[_table_key(capability)][min(matrices, 2) - 1]
+def chain_rows_configuration(chain: Chain, K: int, capability: Capability) -> RowsConfig:
+    """The table's configuration of the whole-row kernel of a chain, for rows of K elements."""
+    one_matrix = sum(each.shape == MATRIX for each in chain.inputs) == 1
+    short = row_groups(K) <= ROWS_CASES["rotated"]
+    return CHAIN_ROWS[_table_key(capability)][0 if one_matrix and short else 1]
 
 
 def columns_configuration(
@@ -373,10 +393,12 @@ def scaled_mm_configuration(
     name = "int8" if integer else "fp8"
     whole = MM[_table_key(capability)][name]
     ladder = [config for config in whole if pingpong or not config.pingpong]
-    for config in ladder:
-        if -(-M // config.block_m) * -(-N // config.block_n) >= MM_PROGRAMS[name]:
-            return config
-    return ladder[-1]
+    return first_that_fills(ladder, M, N, MM_PROGRAMS[name])
+
+
+def first_that_fills(ladder: Sequence[MmConfig], M: int, N: int, programs: int) -> MmConfig:
+    """The first of the ladder with that many programs at least; the last if none has."""
+    return next((config for config in ladder if config.tiles(M, N) >= programs), ladder[-1])
 
 
 def library_is_faster(M: int, N: int, tensorwise: bool, capability: Capability) -> bool:

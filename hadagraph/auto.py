@@ -170,7 +170,8 @@ class Pricing:
                 for (index, side), choice in readers
                 if choice != HIGH_PRECISION
             ]
-            plain = [matrix] if HIGH_PRECISION in choices else []
+            read = HIGH_PRECISION in choices or any(use.by_blocks for use in uses)
+            plain = [matrix] if read else []
             known = producer_times(self.profile, [matrix], plain)
             known += quantizer_times(self.profile, uses)
             self.matrices[matrix, choices] = known

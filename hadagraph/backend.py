@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from hadagraph.codegen import launch, precompile, tuned
 from hadagraph.config import Config, parse_options
 from hadagraph.device import DeviceProfile, chip_named
 from hadagraph.dump import GraphDump
-from hadagraph.graph import SAVED, backward_nodes, calls
+from hadagraph.graph import backward_nodes, calls
 from hadagraph.measurement import profile_of
 from hadagraph.observation import step_observer
+from hadagraph.partition import made_in_forward
 from hadagraph.passes import PassState, compress_saved, fuse, narrow_quantizers, run_pipeline
 from hadagraph.plan import Plan
 from hadagraph.reports import (
@@ -99,9 +100,10 @@ def compile_graph(
         theirs = compat.inductor_config.joint_custom_pre_pass
         after_grad = compat.inductor_config.post_grad_custom_post_pass
         partitioner = compat.inductor_config.custom_partitioner_fn
+    rewrite, fuse_producers = (SessionPass(session, f) for f in (session.rewrite, session.fuse))
     patches = config.inductor_patches() | {
-        "joint_custom_pre_pass": ComposedPass([*_as_list(theirs), JointPass(session)]),
-        "post_grad_custom_post_pass": ComposedPass([*_as_list(after_grad), FusePass(session)]),
+        "joint_custom_pre_pass": ComposedPass([*_as_list(theirs), rewrite]),
+        "post_grad_custom_post_pass": ComposedPass([*_as_list(after_grad), fuse_producers]),
         "custom_partitioner_fn": Partitioner(session, partitioner),
     }
     if config.dump is not None or config.observer is not None:
@@ -229,11 +231,11 @@ class Session:
     def _write_kernels(self, graph: fx.Graph) -> None:
         assert self.dump is not None
         sources: dict[str, str] = {}
-        for node in calls(graph, (*PLAIN, *ENCODED)):
-            arguments = fx.map_arg(node.args, lambda argument: argument.meta["val"])
-            name = node.target._opname  # type: ignore[union-attr]
-            sources_for = precompile.sources_for if node.target in ENCODED else launch.sources_for
-            sources |= sources_for(name, arguments, self.capability or DUMP_CAPABILITY)
+        capability = self.capability or DUMP_CAPABILITY
+        listings = ((PLAIN, launch.sources_for), (ENCODED, precompile.sources_for))
+        for targets, sources_for in listings:
+            for name, arguments in _operator_calls(graph, targets):
+                sources |= sources_for(name, arguments, capability)
         self.dump.kernels({f"{name}.py": source for name, source in sources.items()})
 
     def partitioned(
@@ -271,13 +273,17 @@ class Session:
 
     def _compile_ahead(self, graph: fx.Graph, targets: Sequence[Any]) -> None:
         """Let workers compile the kernels of these operators' calls from now on."""
-        if self.capability is None:
-            return
-        found = []
-        for node in calls(graph, targets):
-            arguments = fx.map_arg(node.args, lambda argument: argument.meta["val"])
-            found.append((node.target._opname, arguments))  # type: ignore[union-attr]
-        precompile.compile_ahead(found, self.capability)
+        if self.capability is not None:
+            precompile.compile_ahead(_operator_calls(graph, targets), self.capability)
+
+
+def _operator_calls(
+    graph: fx.Graph, targets: Sequence[Any]
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Name and arguments, tensors fake, of each call of hadagraph's operators `targets`."""
+    for node in calls(graph, targets):
+        arguments = fx.map_arg(node.args, lambda argument: argument.meta["val"])
+        yield node.target._opname, arguments  # type: ignore[union-attr]
 
 
 @functools.cache
@@ -293,27 +299,16 @@ def _source_hash() -> str:
     return digest.hexdigest()
 
 
-class JointPass(compat.CustomGraphPass):  # type: ignore[misc]
-    """The pipeline as Inductor's hook on joint and inference graphs."""
+class SessionPass(compat.CustomGraphPass):  # type: ignore[misc]
+    """A part of a session as Inductor's hook: the pipeline on joint and inference graphs, or
+    producer fusion on the partitioned ones."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, run: Callable[[fx.Graph], None]) -> None:
         self.session = session
+        self.run = run
 
     def __call__(self, graph: fx.Graph) -> None:
-        self.session.rewrite(graph)
-
-    def uuid(self) -> str:
-        return self.session.uuid()
-
-
-class FusePass(compat.CustomGraphPass):  # type: ignore[misc]
-    """Producer fusion as Inductor's hook on the partitioned graphs."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-
-    def __call__(self, graph: fx.Graph) -> None:
-        self.session.fuse(graph)
+        self.run(graph)
 
     def uuid(self) -> str:
         return self.session.uuid()
@@ -354,61 +349,6 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
     def uuid(self) -> str | None:
         theirs = self.theirs.uuid() if self.theirs is not None else "min-cut"
         return None if theirs is None else repr((theirs, self.session.uuid()))
-
-
-def made_in_forward(
-    partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]],
-    gm: fx.GraphModule,
-    joint_inputs: Sequence[object],
-    *,
-    num_fwd_outputs: int,
-    **kwargs: Any,
-) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Partition a joint graph so that the forward makes what is marked `graph.SAVED`.
-
-    Only what a forward output needs is the forward's; a partitioner leaves anything else to the
-    backward, which then gets the high-precision tensor to make it from. So the marked nodes are
-    outputs of the forward while it is cut.
-    """
-    marked = [node for node in gm.graph.nodes if SAVED in node.meta]
-    if not marked:
-        return partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
-    first = num_fwd_outputs
-    _insert_outputs(gm.graph, first, marked)
-    forward, backward = partition(
-        gm, joint_inputs, num_fwd_outputs=num_fwd_outputs + len(marked), **kwargs
-    )
-    for graph_module in (gm, forward):
-        _remove_outputs(graph_module.graph, first, len(marked))
-        graph_module.graph.eliminate_dead_code()
-        graph_module.recompile()
-    return forward, backward
-
-
-DESCRIBED = ("desc", "output_stack_traces")
-
-
-def _insert_outputs(graph: fx.Graph, index: int, nodes: Sequence[fx.Node]) -> None:
-    output = graph.output_node()
-    (returned,) = output.args
-    returned = list(returned)  # type: ignore[arg-type]
-    for key in DESCRIBED:
-        described = output.meta.get(key)
-        if described is not None and len(described) == len(returned):
-            again = [described[max(index - 1, 0)]] * len(nodes)
-            output.meta[key] = [*described[:index], *again, *described[index:]]
-    output.args = ((*returned[:index], *nodes, *returned[index:]),)
-
-
-def _remove_outputs(graph: fx.Graph, index: int, count: int) -> None:
-    output = graph.output_node()
-    (returned,) = output.args
-    returned = list(returned)  # type: ignore[arg-type]
-    for key in DESCRIBED:
-        described = output.meta.get(key)
-        if described is not None and len(described) == len(returned):
-            output.meta[key] = [*described[:index], *described[index + count :]]
-    output.args = ((*returned[:index], *returned[index + count :]),)
 
 
 def _run_eagerly(gm: fx.GraphModule, inputs: Sequence[Any], session: Session) -> Callable[..., Any]:

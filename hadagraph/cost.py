@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
 
-from hadagraph.device import DeviceProfile, GemmRate
+from hadagraph.device import BLOCK_KINDS, DeviceProfile, GemmRate
 
 # The fastest that an fp32 matmul can be, in TF32, beside bf16.
 FP32_SLOWDOWN = 2.0
@@ -68,7 +68,7 @@ def quantizer_us(
     profile: DeviceProfile, T: int, K: int, layouts: str, kind: str, input_bytes: int = 2
 ) -> float:
     """Time of a quantizer of x [T, K] with elements of `input_bytes`; `layouts` is `rows`,
-    `columns` or `both`, `kind` `plain`, `rotated` or `per_tensor`."""
+    `columns` or `both`, `kind` of `device.KINDS`, or of `device.BLOCK_KINDS` for one layout."""
     rate = profile.quantizer(layouts, kind)
     moved = T * K * (input_bytes + (2 if layouts == "both" else 1))
     return rate.fixed_us + moved / (rate.share * profile.copy_bytes_per_us)
@@ -98,6 +98,12 @@ class Use:
     encoding: str
     kind: str
     backward: bool
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether its codes have block scales: the quantizer then makes one layout of a tensor that
+        lies in memory."""
+        return self.kind in BLOCK_KINDS
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ def gemm_times(profile: DeviceProfile, gemm: Gemm, lowered: bool) -> Times:
 
 def quantizer_times(profile: DeviceProfile, uses: Iterable[Use]) -> Times:
     """The quantizers that these operands need: each tensor's codes made once, and both layouts by
-    one operator where the same phase needs them."""
+    one operator where the same phase needs them and neither has block scales."""
     by_matrix: dict[Matrix, dict[tuple[int, str], list[Use]]] = {}
     for use in uses:
         layouts = by_matrix.setdefault(use.matrix, {})
@@ -150,7 +156,8 @@ def quantizer_times(profile: DeviceProfile, uses: Iterable[Use]) -> Times:
         first = [group[0] for group in layouts.values()]
         dims = [dim for dim, _ in layouts]
         phases = {all(use.backward for use in group) for group in layouts.values()}
-        if sorted(dims) == [0, 1] and len(phases) == 1:
+        blocks = any(use.by_blocks for use in first)
+        if sorted(dims) == [0, 1] and len(phases) == 1 and not blocks:
             total += _quantizer(profile, matrix, "both", _slower_kind(first))
             continue
         for use in first:
@@ -171,7 +178,7 @@ def producer_times(
     profile: DeviceProfile, matrices: Iterable[Matrix], plain: Collection[Matrix]
 ) -> Times:
     """The kernels of Inductor's that make these matrices; `plain` of them are read by a GEMM that
-    is not lowered."""
+    is not lowered, or by a quantizer that cannot compute them."""
     made = [matrix for matrix in matrices if not matrix.given]
     moved = 0.0
     for matrix in made:

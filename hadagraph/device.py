@@ -9,6 +9,9 @@ from typing import Any
 
 LAYOUTS = ("rows", "columns", "both")
 KINDS = ("plain", "rotated", "per_tensor")
+BLOCK_KINDS = ("block", "two_level", "random")
+"""Of quantizers to block scales, one layout a call: scales alone, with one of the tensor's above
+them, and stochastic rounding."""
 
 
 @dataclass(frozen=True)
@@ -111,30 +114,46 @@ def _gemm(entry: dict[str, Any]) -> GemmRate:
     return GemmRate(**{**entry, "tiles": tiles})
 
 
-# Hopper: fitted to bench/results/cost_grid.json (one H200) by `hadagraph.fitting.fit`;
-# `sustained` from whole steps of 8B-shaped blocks.
+# Hopper: fitted to bench/results/time_model.json (one H200) by `hadagraph.fitting.fit`,
+# but for the host times, which are of an older, slower run: they err towards bf16.
 _TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 64))
 _HOPPER_GEMMS = (
-    GemmRate("bf16", 900.0, 700.0, 154.0, 3.7, 1.0, _TILES, 2, 4.0),
-    GemmRate("int8", 1545.0, 1300.0, 430.0, 5.0, 0.51, _TILES, 1, 4.9),
-    GemmRate("fp8", 1845.0, 1270.0, 690.0, 12.5, 0.63, _TILES, 1, 3.7),
+    GemmRate("bf16", 900.0, 740.0, 205.0, 2.8, 0.88, _TILES, 2, 2.4),
+    GemmRate("int8", 2008.0, 1467.0, 183.0, 12.0, 0.53, _TILES, 1, 4.9),
+    GemmRate("fp8", 2398.0, 1410.0, 670.0, 19.0, 0.69, _TILES, 1, 2.9),
 )
 _HOPPER_QUANTIZERS = (
-    QuantizerRate("rows", "plain", 0.88, 2.6),
-    QuantizerRate("rows", "rotated", 0.58, 3.8),
-    QuantizerRate("rows", "per_tensor", 0.60, 6.8),
-    QuantizerRate("columns", "plain", 0.47, 8.2),
-    QuantizerRate("columns", "rotated", 0.42, 9.5),
-    QuantizerRate("columns", "per_tensor", 0.49, 7.8),
-    QuantizerRate("both", "plain", 0.51, 8.6),
-    QuantizerRate("both", "rotated", 0.33, 13.2),
-    QuantizerRate("both", "per_tensor", 0.54, 8.2),
+    QuantizerRate("rows", "plain", 1.0, 1.6),
+    QuantizerRate("rows", "rotated", 0.9, 2.5),
+    QuantizerRate("rows", "per_tensor", 0.61, 4.9),
+    QuantizerRate("columns", "plain", 0.52, 6.6),
+    QuantizerRate("columns", "rotated", 0.57, 8.2),
+    QuantizerRate("columns", "per_tensor", 0.5, 6.2),
+    QuantizerRate("both", "plain", 0.52, 5.6),
+    QuantizerRate("both", "rotated", 0.48, 11.5),
+    QuantizerRate("both", "per_tensor", 0.54, 6.0),
+)
+# From bench/results/encode_kernels.json, and not fitted: means of few encodings.
+_BLOCK_QUANTIZERS = (
+    QuantizerRate("rows", "block", 0.56, 4.3),
+    QuantizerRate("columns", "block", 0.43, 4.7),
+    QuantizerRate("rows", "two_level", 0.37, 7.0),
+    QuantizerRate("columns", "two_level", 0.16, 8.5),
+    QuantizerRate("rows", "random", 0.22, 8.0),
+    QuantizerRate("columns", "random", 0.22, 8.0),
 )
 _HOST = HostTimes(
     mm=15.0, scaled_mm=40.0, quantize_rows=29.0, quantize_columns=57.0, quantize_both=87.0
 )
 H200 = DeviceProfile(
-    "H200", (9, 0), "measured on one H200", 132, 4.2e6, _HOPPER_GEMMS, _HOPPER_QUANTIZERS, _HOST
+    "H200",
+    (9, 0),
+    "measured on one H200",
+    132,
+    4.2e6,
+    _HOPPER_GEMMS,
+    _HOPPER_QUANTIZERS + _BLOCK_QUANTIZERS,
+    _HOST,
 )
 
 
@@ -156,7 +175,7 @@ def _prior(
         if format in tflops:
             most = 0.65 * tflops[format]
             gemms.append(GemmRate(format, most, 0.9 * most, 430.0, 5.0, 1.0, tiles, 1, 4.5))
-    quantizers = tuple(replace(rate, share=rate.share * 2 / 3) for rate in _HOPPER_QUANTIZERS)
+    quantizers = tuple(replace(rate, share=rate.share * 2 / 3) for rate in H200.quantizers)
     source = f"datasheet, {note}" if note else "datasheet"
     bandwidth = 0.85e6 * terabytes
     return DeviceProfile(
@@ -164,8 +183,9 @@ def _prior(
     )
 
 
-# NVIDIA's datasheets and architecture white papers; GeForce accumulates bf16 and fp8 in fp32 at
-# half of the headline rate.
+# NVIDIA's datasheets and architecture white papers, without sparsity; GeForce accumulates bf16 and
+# fp8 in fp32 at half of the headline rate. HGX B200: 72 PFLOP/s of fp8 and 144 of fp4, eight GPUs
+# and sparsity counted, 4.5 and 9 without.
 CHIPS: dict[str, DeviceProfile] = {
     "H200": H200,
     "H100": replace(

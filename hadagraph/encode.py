@@ -45,6 +45,7 @@ from hadagraph.rotation import (
     Rotation,
     project_reference,
     rotate_reference,
+    unrotate_reference,
 )
 
 THREE_QUARTERS = 0.75
@@ -74,6 +75,11 @@ class Encoded:
     codes: torch.Tensor
     scale: torch.Tensor
     tensor_scale: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """In the order in which operators take and return them."""
+        return self.codes, self.scale, self.tensor_scale
 
 
 def encode_reference(
@@ -137,6 +143,8 @@ def unrotate_with_seed(
     x: torch.Tensor, dim: int, rotation: Rotation, size: int, seed: torch.Tensor | None
 ) -> torch.Tensor:
     """The inverse of `rotate_with_seed`: H is its own inverse, then the signs, then cut back."""
+    if not isinstance(rotation.signs, PerStep):
+        return unrotate_reference(x, dim, rotation, size)
     plain = rotate_reference(x, dim, Rotation(rotation.block)).movedim(dim, -1)
     signed = plain.unflatten(-1, (-1, rotation.block)) * signs_of(rotation, seed).to(x)
     return signed.flatten(-2).movedim(-1, dim).narrow(dim, 0, size)

@@ -10,16 +10,13 @@ backward gets is placed in the forward and marked with `graph.SAVED`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from hadagraph import ops
-from hadagraph.compat import CheckpointPolicy
 from hadagraph.encoded_nodes import (
     Encoded,
     Split,
@@ -33,12 +30,9 @@ from hadagraph.encoded_nodes import (
     unpacked_mask,
 )
 from hadagraph.graph import (
-    SAVED,
     arguments,
     aten,
     create,
-    inherit_meta,
-    inner_rotation,
     operand,
     outputs_of,
     seed_for,
@@ -48,50 +42,9 @@ from hadagraph.graph import (
 from hadagraph.operands import stream_name
 from hadagraph.philox import stream_number
 from hadagraph.plan import Decision, OperandPlan
-from hadagraph.recompute import Recomputation, copies_of_saved, nbytes, own_chain
-from hadagraph.rotation import PerStep, Rotation
-
-
-@dataclass(frozen=True)
-class Side:
-    """One operand of one GEMM: the tensor behind its inner rotation and its transposes, which dim
-    of that the GEMM contracts, its plan (without the inner rotation, if the tensor is in that basis
-    already), what it is, and its GEMM's forward."""
-
-    gemm: fx.Node
-    source: fx.Node
-    contracted_dim: int
-    plan: OperandPlan
-    named: str
-    forward: fx.Node | None
-
-    @property
-    def kept_dim(self) -> int:
-        return 1 - self.contracted_dim
-
-
-def sides_of(node: fx.Node, decision: Decision, named: dict[str, fx.Node]) -> tuple[Side, Side]:
-    """The two operands of a GEMM after insert_rotations; `named`: the graph's GEMMs by name."""
-    forward = named.get(decision.forward or "")
-    apart = any(plan is not None and plan.outliers for plan in (decision.lhs, decision.rhs))
-    found = []
-    for argument, plan, what in (
-        (arguments(node)[0], decision.lhs, decision.site.lhs),
-        (arguments(node)[1], decision.rhs, decision.site.rhs),
-    ):
-        assert plan is not None
-        seen = operand(argument)
-        source = seen.base
-        if plan.rotation is not None and plan.is_quantized:
-            inner = inner_rotation(argument)
-            if inner is not None:
-                source = arguments(inner)[0]
-            elif apart:  # products with outliers are of both operands in the plain basis
-                source = _unrotated(source, seen.contracted_dim, plan.rotation)
-            else:
-                plan = replace(plan, rotation=None)
-        found.append(Side(node, source, seen.contracted_dim, plan, what, forward))
-    return found[0], found[1]
+from hadagraph.recompute import Recomputation
+from hadagraph.rotation import PerStep
+from hadagraph.sides import Handover, Side, as_operand, recomputable, sides_of
 
 
 class EncodedGemms:
@@ -106,17 +59,18 @@ class EncodedGemms:
     ) -> None:
         self.graph = graph
         self.decisions = decisions
-        self.recomputation = recomputation
-        self.backward = set(recomputation.backward)
         self.measure = measure
         named = {node.name: node for node in decisions}
         self.sides = {node: sides_of(node, d, named) for node, d in decisions.items()}
         sources = {side.source for both in self.sides.values() for side in both}
-        self.backward |= {n for n in sources if self.backward.intersection(n.all_input_nodes)}
+        self.handover = Handover(recomputation, sources)
         self.made: dict[Any, Any] = {}
-        self.chains: dict[fx.Node, tuple[fx.Node, ...] | None] = {}
         self.by_gemm: dict[fx.Node, list[fx.Node]] = {}
-        self.recomputed: set[str] = set()
+
+    @property
+    def recomputed(self) -> set[str]:
+        """The names of GEMMs for which the backward makes something of the forward again."""
+        return self.handover.recomputed
 
     def emit(self, node: fx.Node) -> fx.Node:
         """What replaces a GEMM. In graph order, with the insertion point before the node."""
@@ -153,8 +107,7 @@ class EncodedGemms:
         for gemm, (left, right) in self.sides.items():
             if node in (left.source, right.source):
                 self.sides[gemm] = _reading(left, node, result), _reading(right, node, result)
-        if node in self.backward:
-            self.backward.add(result)
+        self.handover.replaced(node, result)
 
     def sources(self, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
         """A GEMM and the tensors that its operands are made of."""
@@ -177,7 +130,7 @@ class EncodedGemms:
     ) -> fx.Node:
         node = left.gemm
         if not left.plan.is_quantized:
-            a, b = (_as_operand(self._projected(side), side, node) for side in (left, right))
+            a, b = (as_operand(self._projected(side), side, node) for side in (left, right))
             b = create(self.graph, aten.permute.default, (b, [1, 0]), node)
             if bias is None:
                 return cast(create(self.graph, aten.mm.default, (a, b), node), dtype, node)
@@ -202,13 +155,14 @@ class EncodedGemms:
             stream = stream_number(f"{stream_name(site)}.{side.named}")
         key = ("encode", source, side.contracted_dim, str(encoding), stream)
         if key not in self.made:
-            with self._place(side, source) as like:
+            with self.handover.place(side, source) as like:
                 seed = seed_for(side.gemm) if encoding.needs_seed else None
                 args = (source, seed, str(encoding), side.contracted_dim, stream)
-                node = _made_like(create(self.graph, ops.encode, args, like))
+                node = recomputable(create(self.graph, ops.encode, args, like))
                 self.made[key] = Encoded(*outputs_of(self.graph, node, 3))
         encoded: Encoded = self.made[key]
-        self._hand_over(side, source, (arguments(encoded.codes)[0], *encoded.nodes), encoded.nodes)
+        made = (arguments(encoded.codes)[0], *encoded.nodes)
+        self.handover.hand_over(side, source, made, encoded.nodes)
         return encoded
 
     def _projected(self, side: Side) -> fx.Node:
@@ -228,11 +182,11 @@ class EncodedGemms:
     ) -> fx.Node:
         key = ("project", source, dim, tokens_kept)
         if key not in self.made:
-            with self._place(side, source) as like:
+            with self.handover.place(side, source) as like:
                 args = (source, dim, *tokens_kept)
-                self.made[key] = _made_like(create(self.graph, ops.project, args, like))
+                self.made[key] = recomputable(create(self.graph, ops.project, args, like))
         found: fx.Node = self.made[key]
-        self._hand_over(side, source, (found,), (found,))
+        self.handover.hand_over(side, source, (found,), (found,))
         return found
 
     def _unprojected(self, result: fx.Node, dim: int, side: Side) -> fx.Node:
@@ -241,63 +195,6 @@ class EncodedGemms:
         size = size_of(side.source, side.kept_dim, side.gemm)
         args = (result, dim, *side.plan.outer_tokens_kept, size)
         return create(self.graph, ops.unproject, args, side.gemm)
-
-    # ------------------------------------------------------------------ forward and backward
-
-    def _across(self, side: Side, source: fx.Node) -> bool:
-        """Whether a backward GEMM reads what the forward has."""
-        return side.gemm in self.backward and source not in self.backward
-
-    def _made_again(self, source: fx.Node) -> tuple[fx.Node, ...] | None:
-        """The nodes to be recomputed so that the backward has a tensor: none where it is there
-        anyway, else rotations and projections of it, its cast, or the norm or activation function
-        that made it. None if there is no such way."""
-        if source not in self.chains:
-            own = own_chain(source)
-            behind = arguments(own[-1])[0] if own else source
-            chain = copies_of_saved(behind, self.backward, self.recomputation.changed)
-            if chain is None:
-                # A norm's statistics are far smaller than its output in the fewest bits.
-                chain = self.recomputation.chain(behind, nbytes(source) // 16)
-            self.chains[source] = None if chain is None else (*own, *chain)
-        return self.chains[source]
-
-    @contextmanager
-    def _place(self, side: Side, source: fx.Node) -> Iterator[fx.Node]:
-        """The insertion point of what is made of a tensor, and the node whose metadata it takes:
-        beside the GEMM or, to be saved, in the forward."""
-        if self._across(side, source) and self._made_again(source) is None:
-            like = side.forward or source
-            for node in own_chain(source):
-                node.meta.pop("recompute", None)
-                inherit_meta(node, like)
-                _made_like(node)
-            with self.graph.inserting_before(source.next):
-                yield like
-        else:
-            last = side.gemm.prev
-            with self.graph.inserting_before(side.gemm):
-                yield side.gemm
-            if side.gemm in self.backward:
-                self.backward.update(between(last, side.gemm))
-
-    def _hand_over(
-        self,
-        side: Side,
-        source: fx.Node,
-        made: tuple[fx.Node, ...],
-        results: tuple[fx.Node, ...],
-    ) -> None:
-        """Let the backward have `results`: saved, or made again."""
-        if not self._across(side, source):
-            return
-        chain = self._made_again(source)
-        if chain is not None:
-            self.recomputation.tag((*made, *chain))
-            self.recomputed.add(side.gemm.name)
-        else:
-            for node in results:
-                node.meta[SAVED] = True
 
     def _read(self, side: Side) -> fx.Node:
         """The tensor that an operand is made of: its value, or the forward's codes decoded."""
@@ -310,13 +207,13 @@ class EncodedGemms:
             encoded = self._encoded(theirs)
             again = Side(side.gemm, theirs.source, theirs.contracted_dim, theirs.plan, "", forward)
             made = (arguments(encoded.codes)[0], *encoded.nodes)
-            self._hand_over(again, theirs.source, made, encoded.nodes)
+            self.handover.hand_over(again, theirs.source, made, encoded.nodes)
             size = size_of(side.source, theirs.contracted_dim, side.gemm)
             dtype = tensor(side.source).dtype
             text = str(theirs.plan.encoding)
             args = (*encoded.nodes, text, theirs.contracted_dim, size, dtype)
             self.made[key] = create(self.graph, ops.decode, args, side.gemm)
-            self.backward.add(self.made[key])
+            self.handover.backward.add(self.made[key])
         found: fx.Node = self.made[key]
         return found
 
@@ -348,13 +245,13 @@ class EncodedGemms:
         again = Side(node, theirs.source, theirs.contracted_dim, theirs.plan, "", theirs.gemm)
         dim = theirs.contracted_dim
         if key not in self.made:
-            with self._place(again, theirs.source) as like:
+            with self.handover.place(again, theirs.source) as like:
                 seed = seed_for(node) if encoding.needs_seed else None
                 args = (theirs.source, seed, str(encoding), dim)
-                mask = _made_like(create(self.graph, ops.clip_mask, args, like))
+                mask = recomputable(create(self.graph, ops.clip_mask, args, like))
                 saved = like is not node and packs_mask(mask, dim)
                 kept = packed_mask(mask, dim, like) if saved else mask
-            self._hand_over(again, theirs.source, (mask,), (kept,))
+            self.handover.hand_over(again, theirs.source, (mask,), (kept,))
             self.made[key] = unpacked_mask(kept, dim, node) if saved else kept
         found: fx.Node = self.made[key]
         return found
@@ -373,10 +270,10 @@ class EncodedGemms:
         dim = side.kept_dim if plan.outlier_axis == "kept" else side.contracted_dim
         key = ("split", source, dim, plan.outliers, side.contracted_dim)
         if key not in self.made:
-            with self._place(side, source) as like:
+            with self.handover.place(side, source) as like:
                 self.made[key] = split_off(source, dim, side.contracted_dim, plan.outliers, like)
         split: Split = self.made[key]
-        self._hand_over(side, source, (), (split.indices, split.values))
+        self.handover.hand_over(side, source, (), (split.indices, split.values))
         return split
 
     def _with_outliers(
@@ -392,7 +289,7 @@ class EncodedGemms:
         node = side.gemm
         is_left = side is self.sides[node][0]
         if not is_left and splits[0] is not None:
-            factor = _as_operand(splits[0].rest, other, node)
+            factor = as_operand(splits[0].rest, other, node)
         else:
             factor = self._whole(other, splits[is_left])
         if split.axis == 1:
@@ -417,8 +314,8 @@ class EncodedGemms:
         """An operand in high precision, [kept, contracted]: its tensor or, where the backward has
         only the forward's codes of it, these decoded and its outliers put back."""
         source, node = self._read(side), side.gemm
-        if not self._across(side, source) or self._made_again(source) is not None:
-            return _as_operand(source, side, node)
+        if not self.handover.is_saved(side, source):
+            return as_operand(source, side, node)
         encoded = self._encoded(side, None if split is None else split.rest)
         encoding, dim = side.plan.encoding, side.contracted_dim
         dtype, size = tensor(source).dtype, size_of(source, dim, node)
@@ -430,7 +327,7 @@ class EncodedGemms:
             seed = (seed_for(node),) if per_step else ()
             args = (value, dim, str(encoding.rotation), size, *seed)
             value = create(self.graph, ops.unrotate, args, node)
-        value = _as_operand(value, side, node)
+        value = as_operand(value, side, node)
         if split is None:
             return value
         where = [split.indices] if split.axis == 0 else [None, split.indices]
@@ -449,7 +346,7 @@ class EncodedGemms:
             base = operand(argument).base
             while is_plain and base.target is ops.rotate:
                 base = arguments(base)[0]
-            operands.append(_as_operand(base, side, node))
+            operands.append(as_operand(base, side, node))
             outer = side.plan.outer if is_plain else None
             outers.append("" if outer is None else str(outer))
         seed = seed_for(node) if any("per_step" in outer for outer in outers) else None
@@ -458,27 +355,5 @@ class EncodedGemms:
         return create(self.graph, ops.measured, args, node)
 
 
-def _unrotated(node: fx.Node, dim: int, rotation: Rotation) -> fx.Node:
-    """A tensor whose rotation met its inverse, un-rotated all the same."""
-    with node.graph.inserting_before(node.next):
-        seed = (seed_for(node),) if isinstance(rotation.signs, PerStep) else ()
-        args = (node, dim, str(rotation), size_of(node, dim, node), *seed)
-        return create(node.graph, ops.unrotate, args, node)
-
-
 def _reading(side: Side, old: fx.Node, new: fx.Node) -> Side:
     return replace(side, source=new) if side.source is old else side
-
-
-def _made_like(node: fx.Node) -> fx.Node:
-    """A policy that saves a GEMM's output says nothing of its operands: those are recomputed."""
-    if node.meta.get("recompute") in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE):
-        node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
-    return node
-
-
-def _as_operand(node: fx.Node, side: Side, like: fx.Node) -> fx.Node:
-    """A tensor in the operand's own orientation as [kept, contracted]."""
-    if side.contracted_dim == 1:
-        return node
-    return create(node.graph, aten.permute.default, (node, [1, 0]), like)

@@ -40,13 +40,19 @@ def fit(
     prior: DeviceProfile,
     gemms: Sequence[GemmPoint],
     quantizers: Sequence[QuantizerPoint],
+    *,
+    steady: bool = False,
 ) -> DeviceProfile:
     """The profile with the rates that come nearest to the points (mean of |log(predicted /
-    measured)| for GEMMs); those with fewer than three points stay as they are."""
+    measured)| for GEMMs); those with fewer than three points stay as they are. steady: the points
+    were measured without a pause, so that the power limit is in them: `sustained` is fitted, too.
+    Else they are short bursts, which it does not reach."""
     rates = []
     for rate in prior.gemms:
         points = [point for point in gemms if point.format == rate.format]
-        rates.append(_fit_gemm(prior, rate, points) if len(points) >= LEAST_POINTS else rate)
+        if len(points) >= LEAST_POINTS:
+            rate = _fit_gemm(prior, rate, points, steady)
+        rates.append(rate)
     fitted = []
     for quantizer in prior.quantizers:
         key = quantizer.layouts, quantizer.kind
@@ -56,26 +62,30 @@ def fit(
 
 
 def _error(profile: DeviceProfile, rate: GemmRate, points: Sequence[GemmPoint]) -> float:
-    candidate = replace(profile, gemms=(replace(rate, sustained=math.inf),))
+    candidate = replace(profile, gemms=(rate,))
     logs = [abs(math.log(gemm_us(candidate, p.M, p.N, p.C, rate.format) / p.us)) for p in points]
     return statistics.mean(logs)
 
 
-def _fit_gemm(profile: DeviceProfile, rate: GemmRate, points: Sequence[GemmPoint]) -> GemmRate:
+def _fit_gemm(
+    profile: DeviceProfile, rate: GemmRate, points: Sequence[GemmPoint], steady: bool
+) -> GemmRate:
     """Descent along one parameter after the other, in ever smaller factors."""
-    best, error = rate, _error(profile, rate, points)
+    names = ("tflops", "ramp", "edge", "alone", "fixed_us") + ("sustained",) * steady
+    best = rate if steady else replace(rate, sustained=math.inf)
+    error = _error(profile, best, points)
     for factor in (1.3, 1.1, 1.03):
         improved = True
         while improved:
             improved = False
-            for name in ("tflops", "ramp", "edge", "alone", "fixed_us"):
+            for name in names:
                 for by in (factor, 1 / factor):
                     changed = replace(best, **{name: getattr(best, name) * by})
                     changed = replace(changed, alone=min(changed.alone, 1.0))
                     found = _error(profile, changed, points)
                     if found < error - 1e-6:
                         best, error, improved = changed, found, True
-    return best
+    return best if steady else replace(best, sustained=rate.sustained)
 
 
 def _fit_quantizer(

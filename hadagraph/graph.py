@@ -21,7 +21,7 @@ ALIASES = (aten.alias.default, aten.detach.default)
 CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 SAVED = "hadagraph_saved"
 """The key in the metadata of what a forward makes for the backward only: the partitioner is told to
-make it in the forward (see `hadagraph.backend.Partitioner`)."""
+make it in the forward (see `hadagraph.partition`)."""
 
 
 @dataclass(frozen=True)

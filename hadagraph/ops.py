@@ -1,12 +1,14 @@
-"""The operators that hadagraph puts into a graph: schemas, shapes (fakes) and the CPU
-implementation by reference. CUDA implementations are registered by `hadagraph.codegen.launch`.
+"""The operators that hadagraph puts into a graph: schemas, and the implementation by reference.
+What they return of fake tensors is in `hadagraph.fakes`; CUDA implementations are registered by
+`hadagraph.codegen`.
 
 T tokens or rows, K columns, M and N kept dims, C contracted dim (padded), all possibly symbolic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,28 +19,14 @@ from hadagraph.encode import (
     decode_reference,
     encode_reference,
     encoded_mm_reference,
-    encoded_shapes,
     rotate_with_seed,
     unrotate_with_seed,
 )
-from hadagraph.formats import PER_TENSOR, SCALE_FORMATS, Encoding, format_named
+from hadagraph.fakes import FAKES, checked_chain
+from hadagraph.formats import Encoding
 from hadagraph.observation import observer_numbered
-from hadagraph.reference import (
-    CHAIN_DTYPES,
-    chain_reference,
-    quantize_reference,
-    scaled_mm_reference,
-)
-from hadagraph.region import COLUMNS, MATRIX, ROWS, SCALAR, Chain
-from hadagraph.rotation import (
-    PerStep,
-    Rotation,
-    padded_size,
-    project_reference,
-    rotate_reference,
-    unproject_reference,
-    unrotate_reference,
-)
+from hadagraph.reference import chain_reference, quantize_reference, scaled_mm_reference
+from hadagraph.rotation import Rotation, project_reference, unproject_reference
 from hadagraph.seeds import next_seed as _next_seed
 
 NAMESPACE = "hadagraph"
@@ -130,17 +118,11 @@ def _gemm_observed(
 
 
 def _rotate(x: Tensor, dim: int, rotation: str, seed: Tensor | None = None) -> Tensor:
-    parsed = Rotation.parse(rotation)
-    if isinstance(parsed.signs, PerStep):
-        return rotate_with_seed(x, dim, parsed, seed).contiguous()
-    return rotate_reference(x, dim, parsed).contiguous()
+    return rotate_with_seed(x, dim, Rotation.parse(rotation), seed).contiguous()
 
 
 def _unrotate(x: Tensor, dim: int, rotation: str, size: int, seed: Tensor | None = None) -> Tensor:
-    parsed = Rotation.parse(rotation)
-    if isinstance(parsed.signs, PerStep):
-        return unrotate_with_seed(x, dim, parsed, size, seed).contiguous()
-    return unrotate_reference(x, dim, parsed, size).contiguous()
+    return unrotate_with_seed(x, dim, Rotation.parse(rotation), size, seed).contiguous()
 
 
 def _project(x: Tensor, dim: int, kept: int, block: int) -> Tensor:
@@ -154,43 +136,21 @@ def _unproject(x: Tensor, dim: int, kept: int, block: int, size: int) -> Tensor:
 def _encode(
     x: Tensor, seed: Tensor | None, encoding: str, contracted_dim: int, stream: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    made = encode_reference(x, Encoding.parse(encoding), contracted_dim, seed, stream)
-    return made.codes, made.scale, made.tensor_scale
+    return encode_reference(x, Encoding.parse(encoding), contracted_dim, seed, stream).tensors
 
 
 def _decode(
-    codes: Tensor,
-    scale: Tensor,
-    tensor_scale: Tensor,
-    encoding: str,
-    contracted_dim: int,
-    size: int,
-    dtype: torch.dtype,
+    codes: Tensor, scale: Tensor, tensor_scale: Tensor, encoding: str, *orientation: Any
 ) -> Tensor:
     encoded = Encoded(codes, scale, tensor_scale)
-    return decode_reference(encoded, Encoding.parse(encoding), contracted_dim, size, dtype)
+    return decode_reference(encoded, Encoding.parse(encoding), *orientation)
 
 
-def _encoded_mm(
-    a: Tensor,
-    a_scale: Tensor,
-    a_tensor_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    b_tensor_scale: Tensor,
-    bias: Tensor | None,
-    a_encoding: str,
-    b_encoding: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return encoded_mm_reference(
-        Encoded(a, a_scale, a_tensor_scale),
-        Encoded(b, b_scale, b_tensor_scale),
-        bias,
-        Encoding.parse(a_encoding),
-        Encoding.parse(b_encoding),
-        out_dtype,
-    )
+def _encoded_mm(*arguments: Any) -> Tensor:
+    tensors, (bias, a_encoding, b_encoding, out_dtype) = arguments[:6], arguments[6:]
+    a, b = Encoded(*tensors[:3]), Encoded(*tensors[3:])
+    encodings = Encoding.parse(a_encoding), Encoding.parse(b_encoding)
+    return encoded_mm_reference(a, b, bias, *encodings, out_dtype)
 
 
 def _clip_mask(x: Tensor, seed: Tensor | None, encoding: str, contracted_dim: int) -> Tensor:
@@ -223,47 +183,16 @@ def _quantize_chain(
     return results
 
 
-def checked_chain(
-    inputs: Sequence[Tensor],
-    chain: str,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    values: Sequence[bool],
-) -> Chain:
-    """The chain of a `quantize_chain`. ValueError unless there are as many inputs, and encodings of
-    outputs, as it says."""
-    parsed = Chain.parse(chain)
-    if len(inputs) != len(parsed.inputs):
-        raise ValueError(
-            f"quantize_chain: inputs must be {len(parsed.inputs)} tensors, got {len(inputs)}"
-        )
-    for name, given in (("rows", rows), ("columns", columns), ("values", values)):
-        if len(given) != len(parsed.outputs):
-            raise ValueError(
-                f"quantize_chain: {name} must be {len(parsed.outputs)} long, got {len(given)}"
-            )
-    return parsed
-
-
 MEASURED: dict[str, float] = {}
 
 
-def _scaled_mm_measured(
-    lhs: Tensor,
-    rhs: Tensor,
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-    site: str,
-) -> Tensor:
+def _scaled_mm_measured(lhs: Tensor, rhs: Tensor, *rest: Any) -> Tensor:
     """`scaled_mm`, and its SQNR in dB against lhs [M, C] rhs [N, C]^T in fp64 into MEASURED[site]:
     the error of the quantized operands, before the rounding to `out_dtype`."""
-    quantized = scaled_mm(a, b, a_scale, b_scale, None, torch.float32)
+    *operands, bias, out_dtype, site = rest
+    quantized = scaled_mm(*operands, None, torch.float32)
     _measure(quantized, lhs.double() @ rhs.double().t(), site)
-    return scaled_mm(a, b, a_scale, b_scale, bias, out_dtype)
+    return scaled_mm(*operands, bias, out_dtype)
 
 
 def _measured(
@@ -288,213 +217,33 @@ def _measure(result: Tensor, exact: Tensor, site: str) -> None:
     MEASURED[site] = float(10 * torch.log10(exact.square().sum() / noise))
 
 
-LIBRARY.impl("gemm", _gemm, "CompositeExplicitAutograd")
-LIBRARY.impl("gemm_observed", _gemm_observed, "CompositeExplicitAutograd")
-LIBRARY.impl("rotate", _rotate, "CompositeExplicitAutograd")
-LIBRARY.impl("unrotate", _unrotate, "CompositeExplicitAutograd")
-LIBRARY.impl("project", _project, "CompositeExplicitAutograd")
-LIBRARY.impl("unproject", _unproject, "CompositeExplicitAutograd")
-LIBRARY.impl("next_seed", _next_seed, "CompositeExplicitAutograd")
-LIBRARY.impl("encode", _encode, "CompositeExplicitAutograd")
-LIBRARY.impl("decode", _decode, "CompositeExplicitAutograd")
-LIBRARY.impl("encoded_mm", _encoded_mm, "CompositeExplicitAutograd")
-LIBRARY.impl("clip_mask", _clip_mask, "CompositeExplicitAutograd")
-LIBRARY.impl("measured", _measured, "CompositeExplicitAutograd")
-LIBRARY.impl("scaled_mm_measured", _scaled_mm_measured, "CompositeExplicitAutograd")
-LIBRARY.impl("quantize_rows", _quantize_rows, "CPU")
-LIBRARY.impl("quantize_columns", _quantize_columns, "CPU")
-LIBRARY.impl("quantize_both", _quantize_both, "CPU")
-LIBRARY.impl("quantize_chain", _quantize_chain, "CPU")
-LIBRARY.impl("scaled_mm", scaled_mm_reference, "CPU")
-
-
-@torch.library.register_fake("hadagraph::gemm", lib=LIBRARY)
-def _gemm_fake(lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
-    torch._check(lhs.shape[1] == rhs.shape[1], lambda: "gemm: contracted dims differ")
-    return lhs.new_empty((lhs.shape[0], rhs.shape[0]))
-
-
-@torch.library.register_fake("hadagraph::gemm_observed", lib=LIBRARY)
-def _gemm_observed_fake(
-    lhs: Tensor, rhs: Tensor, bias: Tensor | None, observer: int, gemm: int
-) -> Tensor:
-    return _gemm_fake(lhs, rhs, bias)
-
-
-@torch.library.register_fake("hadagraph::rotate", lib=LIBRARY)
-def _rotate_fake(x: Tensor, dim: int, rotation: str, seed: Tensor | None = None) -> Tensor:
-    shape = list(x.shape)
-    shape[dim] = padded_size(shape[dim], Rotation.parse(rotation).block)
-    return x.new_empty(shape)
-
-
-@torch.library.register_fake("hadagraph::unrotate", lib=LIBRARY)
-def _unrotate_fake(
-    x: Tensor, dim: int, rotation: str, size: int, seed: Tensor | None = None
-) -> Tensor:
-    shape = list(x.shape)
-    shape[dim] = size
-    return x.new_empty(shape)
-
-
-@torch.library.register_fake("hadagraph::project", lib=LIBRARY)
-def _project_fake(x: Tensor, dim: int, kept: int, block: int) -> Tensor:
-    shape = list(x.shape)
-    shape[dim] = padded_size(shape[dim], block) // block * kept
-    return x.new_empty(shape)
-
-
-@torch.library.register_fake("hadagraph::unproject", lib=LIBRARY)
-def _unproject_fake(x: Tensor, dim: int, kept: int, block: int, size: int) -> Tensor:
-    shape = list(x.shape)
-    shape[dim] = size
-    return x.new_empty(shape)
-
-
-@torch.library.register_fake("hadagraph::next_seed", lib=LIBRARY)
-def _next_seed_fake(device: torch.device) -> Tensor:
-    return torch.empty(1, dtype=torch.int64, device=device)
-
-
-@torch.library.register_fake("hadagraph::encode", lib=LIBRARY)
-def _encode_fake(
-    x: Tensor, seed: Tensor | None, encoding: str, contracted_dim: int, stream: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    parsed = Encoding.parse(encoding)
-    kept, contracted = x.shape[1 - contracted_dim], x.shape[contracted_dim]
-    codes, scales = encoded_shapes(kept, contracted, parsed)
-    plain = SCALE_FORMATS[parsed.scale].name == "fp32"
-    return (
-        x.new_empty(codes, dtype=format_named(parsed.format).dtype),
-        x.new_empty(scales, dtype=torch.float32 if plain else torch.uint8),
-        x.new_empty((1,), dtype=torch.float32),
-    )
-
-
-@torch.library.register_fake("hadagraph::decode", lib=LIBRARY)
-def _decode_fake(
-    codes: Tensor,
-    scale: Tensor,
-    tensor_scale: Tensor,
-    encoding: str,
-    contracted_dim: int,
-    size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    shape = (codes.shape[0], size)
-    return codes.new_empty(shape if contracted_dim else shape[::-1], dtype=dtype)
-
-
-@torch.library.register_fake("hadagraph::encoded_mm", lib=LIBRARY)
-def _encoded_mm_fake(
-    a: Tensor,
-    a_scale: Tensor,
-    a_tensor_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    b_tensor_scale: Tensor,
-    bias: Tensor | None,
-    a_encoding: str,
-    b_encoding: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
-
-
-@torch.library.register_fake("hadagraph::clip_mask", lib=LIBRARY)
-def _clip_mask_fake(x: Tensor, seed: Tensor | None, encoding: str, contracted_dim: int) -> Tensor:
-    shape = list(x.shape)
-    shape[contracted_dim] = Encoding.parse(encoding).transformed_size(shape[contracted_dim])
-    return x.new_empty(shape, dtype=torch.bool)
-
-
-def _quantized_fake(x: Tensor, encoding: Encoding, contracted_dim: int) -> tuple[Tensor, Tensor]:
-    kept = x.shape[1 - contracted_dim]
-    contracted = padded_size(x.shape[contracted_dim], encoding.contracted_multiple)
-    codes = x.new_empty((kept, contracted), dtype=format_named(encoding.format).dtype)
-    groups = 1 if encoding.granularity == PER_TENSOR else kept
-    return codes, x.new_empty((groups,), dtype=torch.float32)
-
-
-@torch.library.register_fake("hadagraph::quantize_rows", lib=LIBRARY)
-def _quantize_rows_fake(x: Tensor, rows: str) -> tuple[Tensor, Tensor]:
-    return _quantized_fake(x, Encoding.parse(rows), 1)
-
-
-@torch.library.register_fake("hadagraph::quantize_columns", lib=LIBRARY)
-def _quantize_columns_fake(x: Tensor, columns: str) -> tuple[Tensor, Tensor]:
-    return _quantized_fake(x, Encoding.parse(columns), 0)
-
-
-@torch.library.register_fake("hadagraph::quantize_both", lib=LIBRARY)
-def _quantize_both_fake(
-    x: Tensor, rows: str, columns: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        *_quantized_fake(x, Encoding.parse(rows), 1),
-        *_quantized_fake(x, Encoding.parse(columns), 0),
-    )
-
-
-@torch.library.register_fake("hadagraph::quantize_chain", lib=LIBRARY)
-def _quantize_chain_fake(
-    inputs: list[Tensor], chain: str, rows: list[str], columns: list[str], values: list[bool]
-) -> list[Tensor]:
-    parsed = checked_chain(inputs, chain, rows, columns, values)
-    shapes = [each.shape for each in parsed.inputs]
-    x = inputs[shapes.index(MATRIX)]
-    expected = {MATRIX: x.shape, ROWS: x.shape[:1], COLUMNS: x.shape[1:], SCALAR: ()}
-    for given, shape in zip(inputs, shapes, strict=True):
-        torch._check(
-            tuple(given.shape) == tuple(expected[shape]),
-            lambda shape=shape: f"quantize_chain: the shape of a {shape} input differs",
-        )
-    results: list[Tensor] = []
-    for output, by_rows, by_columns, kept in zip(
-        parsed.outputs, rows, columns, values, strict=True
-    ):
-        results += _quantized_fake(x, Encoding.parse(by_rows), 1) if by_rows else ()
-        results += _quantized_fake(x, Encoding.parse(by_columns), 0) if by_columns else ()
-        results += [x.new_empty(x.shape, dtype=CHAIN_DTYPES[output.dtype])] if kept else []
-    return results
-
-
-@torch.library.register_fake("hadagraph::scaled_mm", lib=LIBRARY)
-def _scaled_mm_fake(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    torch._check(a.shape[1] == b.shape[1], lambda: "scaled_mm: contracted dims differ")
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
-
-
-@torch.library.register_fake("hadagraph::measured", lib=LIBRARY)
-def _measured_fake(
-    result: Tensor,
-    lhs: Tensor,
-    rhs: Tensor,
-    seed: Tensor | None,
-    left: str,
-    right: str,
-    site: str,
-) -> Tensor:
-    return torch.empty_like(result)
-
-
-@torch.library.register_fake("hadagraph::scaled_mm_measured", lib=LIBRARY)
-def _scaled_mm_measured_fake(
-    lhs: Tensor,
-    rhs: Tensor,
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-    site: str,
-) -> Tensor:
-    return _scaled_mm_fake(a, b, a_scale, b_scale, bias, out_dtype)
+# References on the CPU only, and on every device: hadagraph.codegen has CUDA kernels for the first,
+# and for some of the others.
+_ON_CPU: dict[str, Callable[..., Any]] = {
+    "quantize_rows": _quantize_rows,
+    "quantize_columns": _quantize_columns,
+    "quantize_both": _quantize_both,
+    "quantize_chain": _quantize_chain,
+    "scaled_mm": scaled_mm_reference,
+}
+_ANYWHERE: dict[str, Callable[..., Any]] = {
+    "gemm": _gemm,
+    "gemm_observed": _gemm_observed,
+    "rotate": _rotate,
+    "unrotate": _unrotate,
+    "project": _project,
+    "unproject": _unproject,
+    "next_seed": _next_seed,
+    "encode": _encode,
+    "decode": _decode,
+    "encoded_mm": _encoded_mm,
+    "clip_mask": _clip_mask,
+    "measured": _measured,
+    "scaled_mm_measured": _scaled_mm_measured,
+}
+for _name, _implementation in _ON_CPU.items():
+    LIBRARY.impl(_name, _implementation, "CPU")
+for _name, _implementation in _ANYWHERE.items():
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+for _name, _fake in FAKES.items():
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=LIBRARY)

@@ -71,7 +71,11 @@ def pack(node: fx.Node, packing: Packing, before: fx.Node) -> tuple[fx.Node, fx.
         x = emit(aten.permute.default, node, list(packing.order))
         *outer, size = emit.sizes(x)
         blocks = emit.float(emit(aten.view.default, x, [*outer, size // code.block, code.block]))
-        scale = emit(convert, _scale(emit, blocks, code), torch.bfloat16)
+        # Inductor computes on what a cast to bf16 would have rounded, but rounds to take its bits;
+        # codes of another scale than the saved one would be off by up to one.
+        rounded = emit(convert, _scale(emit, blocks, code), torch.bfloat16)
+        bits = emit(aten.view.dtype, rounded, torch.int16)
+        scale = emit(aten.view.dtype, bits, torch.bfloat16)
         # No bf16 number is -1e-30, so nothing is divided by 0.
         divisor = emit(aten.add.Tensor, emit.float(scale), 1e-30)
         codes = emit(aten.mul.Tensor, blocks, emit(aten.reciprocal.default, divisor))

@@ -54,7 +54,11 @@ class Reading:
 
 
 def quantizer_kind(encoding: Encoding) -> str:
-    """Of which kind of `device.KINDS` a quantizer is."""
+    """Of which kind of `device.KINDS` or `device.BLOCK_KINDS` a quantizer is."""
+    if encoding.granularity.block is not None:
+        if encoding.rounding == "stochastic":
+            return "random"
+        return "two_level" if encoding.prescale else "block"
     if encoding.granularity == PER_TENSOR:
         return "per_tensor"
     return "plain" if encoding.rotation is None else "rotated"

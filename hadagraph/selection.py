@@ -53,6 +53,7 @@ class Part:
             total += gemm_times(profile, candidate.gemm, index in lowered)
             if index in lowered:
                 quantized += candidate.gemm.uses
+                plain.update(use.matrix for use in candidate.gemm.uses if use.by_blocks)
             else:
                 plain.update(use.matrix for use in candidate.gemm.uses)
         every = dict.fromkeys(use.matrix for each in self.candidates for use in each.gemm.uses)

@@ -7,8 +7,8 @@ backward makes of the saved tensors carries their rounding.
 
 Left alone: what is not floating point, small tensors, inputs, what the user gets, what a softmax
 reads or makes (a rounding error there becomes a factor), what the backward divides by or compares,
-what the user's checkpointing saves, and what opaque operators read, except attention's operands at
-`min`.
+what the user's checkpointing saves, outliers kept aside, and what opaque operators read, except
+attention's operands at `min`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from hadagraph import ops
-from hadagraph.graph import arguments, aten, create, storage_of, tensor
+from hadagraph.graph import CASTS, SAVED, arguments, aten, create, storage_of, tensor
 from hadagraph.packing import EIGHT, FOUR, Packing, pack, packing_for, unpack
 from hadagraph.recompute import is_cheap, is_view, numel
 
@@ -32,14 +32,20 @@ MATMULS = (
     *(*ops.QUANTIZERS, ops.encode, ops.rotate, ops.project),
 )
 SOFTMAX = (aten.amax.default, torch.ops.prims.prepare_softmax_online.default)
-DELICATE = tuple(
-    getattr(aten, name).default
-    for name in ("reciprocal", "rsqrt", "sqrt", "log", "log1p", "log2", "log10", "sign", "sgn")
-) + tuple(
-    getattr(getattr(aten, name), overload)
-    for name in ("eq", "ne", "lt", "le", "gt", "ge")
-    for overload in ("Scalar", "Tensor")
-)
+POLES = {
+    *(aten.rsqrt, aten.sqrt, aten.log, aten.log1p, aten.log2, aten.log10, aten.tan),
+    *(aten.digamma, aten.polygamma, aten.lgamma, aten.erfinv),
+    *(aten.asin, aten.acos, aten.acosh, aten.atanh, aten.logit),
+}
+STEPS = {
+    *(aten.sign, aten.sgn, aten.signbit, aten.copysign),
+    *(aten.floor, aten.ceil, aten.round, aten.trunc, aten.frac),
+    *(aten.remainder, aten.fmod, aten.floor_divide),
+    *(aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge),
+    *(aten.logical_not, aten.logical_and, aten.logical_or, aten.logical_xor),
+}
+DIVIDED_IN_STEPS = (aten.div.Tensor_mode, aten.div.Scalar_mode)
+ATTENTION_OPERANDS = {"query", "key", "value", "out"}  # of its backward in aten
 NEAR = 8  # pointwise steps; a softmax or a norm takes fewer
 
 
@@ -80,7 +86,7 @@ def _packing(node: fx.Node, read: fx.Node, memory: str) -> Packing | None:
         return None
     if any("ac_graph_id" in near.meta for near in (node, *node.users)) or _is_near_softmax(node):
         return None
-    if _is_delicate(read):
+    if _is_outliers(node) or _is_delicate(read):
         return None
     readers = _readers(read)
     opaque = [pair for pair in readers if not _is_ordinary(pair[1])]
@@ -91,6 +97,11 @@ def _packing(node: fx.Node, read: fx.Node, memory: str) -> Packing | None:
     return packing_for(value, FOUR if coarse else EIGHT)
 
 
+def _is_outliers(node: fx.Node) -> bool:
+    """Whether these are rows or columns that a recipe keeps aside for their precision."""
+    return SAVED in node.meta and node.target is aten.index.Tensor
+
+
 def _is_delicate(read: fx.Node) -> bool:
     """Whether the backward divides by the tensor, compares it, or takes a function of it with a
     pole or a step: rounding a small value to zero would then cost more than that value. What is
@@ -99,7 +110,7 @@ def _is_delicate(read: fx.Node) -> bool:
     while pending:
         node = pending.pop()
         for user in node.users:
-            if user.target in DELICATE or _is_below(user, node):
+            if _is_pole_or_step(user) or _is_below(user, node):
                 return True
             if user not in seen and is_cheap(user):
                 seen.add(user)
@@ -107,8 +118,18 @@ def _is_delicate(read: fx.Node) -> bool:
     return False
 
 
+def _is_pole_or_step(node: fx.Node) -> bool:
+    """Whether a node's function has a pole or a step, as a cast to whole numbers has."""
+    if node.target in CASTS:
+        return not tensor(node).dtype.is_floating_point
+    packet = getattr(node.target, "overloadpacket", None)
+    return node.target in DIVIDED_IN_STEPS or packet in POLES | STEPS
+
+
 def _is_below(user: fx.Node, node: fx.Node) -> bool:
     """Whether a node is the divisor, or the base of a power below one or unknown."""
+    if user.target is aten.reciprocal.default:
+        return not _is_positive(node)
     if user.target is aten.div.Tensor:
         return arguments(user)[1] is node and not _is_positive(node)
     if user.target is aten.pow.Tensor_Scalar:
@@ -169,12 +190,14 @@ def _is_ordinary(node: fx.Node) -> bool:
 
 
 def _is_attention_operand(operand: fx.Node, reader: fx.Node) -> bool:
-    """Whether the reader is attention's backward and the operand queries, keys, values or the
-    output, which have the rank and the last dim of its first one; the log-sum-exp has not."""
-    if "attention" not in getattr(reader.target, "__name__", ""):
+    """Whether the reader is attention's backward and the operand its queries, keys, values or
+    output: not the log-sum-exp, nor a mask, for whose -inf there is no code."""
+    target = reader.target
+    if not isinstance(target, torch._ops.OpOverload) or "attention" not in target.__name__:
         return False
-    shape, first = tensor(operand).shape, tensor(arguments(reader)[0]).shape
-    return len(shape) == len(first) and str(shape[-1]) == str(first[-1])
+    given = zip(target._schema.arguments, arguments(reader), strict=False)
+    names = {argument.name for argument, value in given if value is operand}
+    return bool(names) and names <= ATTENTION_OPERANDS
 
 
 def _save_packed(node: fx.Node, read: fx.Node, packing: Packing, num_fwd_outputs: int) -> None:
@@ -185,8 +208,6 @@ def _save_packed(node: fx.Node, read: fx.Node, packing: Packing, num_fwd_outputs
     packed = pack(node, packing, after)
     for part, suffix in zip(packed, ("", "_scale"), strict=True):
         part.name = f"{node.name}_{packing.code.bits}bit{suffix}"
-        if node.meta.get("saved_tensor_with_no_vc_check", False):
-            part.meta["saved_tensor_with_no_vc_check"] = True
     _save_instead(node, packed, num_fwd_outputs)
     with read.graph.inserting_before(read):
         codes, scale = (_placeholder(read.graph, part) for part in packed)
@@ -196,6 +217,9 @@ def _save_packed(node: fx.Node, read: fx.Node, packing: Packing, num_fwd_outputs
 
 def _save_instead(node: fx.Node, instead: Sequence[fx.Node], num_fwd_outputs: int) -> None:
     """Let the forward return other nodes where it saves `node`."""
+    if node.meta.get("saved_tensor_with_no_vc_check", False):  # such ones stand together
+        for each in instead:
+            each.meta["saved_tensor_with_no_vc_check"] = True
     output = node.graph.output_node()
     returned = _returned(node.graph)
     position = returned.index(node, num_fwd_outputs)

@@ -292,12 +292,10 @@ def _candidates(
 ) -> tuple[Candidate, ...]:
     """What recipe `auto` chooses from for this GEMM, the recipe's own rules first."""
     found = []
-    tables = CANDIDATES | BLOCK_SCALED if config.target is not None else CANDIDATES
-    for name, pairs in tables.items():
+    block_scaled = capability is not None and capability >= BLOCK_SCALED_CAPABILITY
+    for name, pairs in (CANDIDATES | BLOCK_SCALED if block_scaled else CANDIDATES).items():
         pair = pairs[site.role]
         least = max(format_named(rule.format).min_capability for rule in pair)
-        if name in BLOCK_SCALED:
-            least = max(least, BLOCK_SCALED_CAPABILITY)
         if capability is not None and capability < least:
             continue
         found.append(Candidate(name, *_plans(pair, gemm, site, capability)))

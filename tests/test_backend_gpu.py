@@ -11,20 +11,8 @@ import hadagraph
 from hadagraph import compat
 from hadagraph.codegen import launch, matrices
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("uncached")]
 LOWERED = {"never_slower": False}  # models this small are faster in bf16
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    hadagraph.reset_report()
-    with compat.without_caches():
-        yield
-    torch._dynamo.reset()
 
 
 def step(call, model, ids):

@@ -4,6 +4,8 @@ rival of auto, and a tiny run."""
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,7 @@ import time_model  # noqa: E402
 from cost_grid import FORMATS, TARGET_GEMMS  # noqa: E402
 
 H200 = CHIPS["H200"]
-RECORD = json.loads((BENCH / "results" / "cost_grid.json").read_text())
+RECORD = json.loads((BENCH / "results" / "time_model.json").read_text())["points"]
 
 
 def perfect_points(profile=H200):
@@ -50,7 +52,7 @@ def perfect_points(profile=H200):
                 name = f"{rate.layouts} {rate.kind}"
                 quantizers.append({"kernel": name, "T": t, "K": k, "us": us})
                 quantizers.append({"kernel": f"{name} weight", "T": t, "K": k, "us": us})
-    return {"gemms": gemms, "quantizers": quantizers}
+    return {"gemms": gemms, "quantizers": quantizers, "steady": True}
 
 
 def test_a_perfect_model_is_within_everywhere_and_one_off_by_a_fifth_nowhere():
@@ -80,11 +82,40 @@ def test_measured_shape_by_shape_every_shape_is_whole():
             for name in names:
                 us = quantizer_us(H200, T, K, *name.split()[:2])
                 quantizers.append({"kernel": name, "T": T, "K": K, "us": us})
-        found = list(time_model.entries({"gemms": gemms, "quantizers": quantizers}, H200))
+        points = {"gemms": gemms, "quantizers": quantizers, "steady": True}
+        found = list(time_model.entries(points, H200))
         whole = min(count, len(TARGET_GEMMS)) + 4 * max(count - len(TARGET_GEMMS), 0)
         assert len(found) >= whole * ways  # more where shapes share what they need
     assert len(found) == (len(TARGET_GEMMS) + 4 * len(time_model.linears())) * ways
     assert time_model.share(found) == 1.0
+
+
+def test_rates_of_one_half_predict_the_other(capsys):
+    """A device with other rates, whose power limit is in what it measures."""
+    other = replace(
+        H200,
+        gemms=tuple(replace(r, tflops=0.7 * r.tflops, sustained=500.0) for r in H200.gemms),
+        quantizers=tuple(replace(r, share=0.7 * r.share) for r in H200.quantizers),
+    )
+    device = {"device": "H200", "capability": (9, 0), "sms": 132, "host": []}
+    points = perfect_points(other) | device | {"copy_bytes_per_s": 1e6 * H200.copy_bytes_per_us}
+    assert time_model.share(list(time_model.entries(points, H200))) < 0.1
+    mine, others = time_model.divided(points, list(time_model.work())[-1:])
+    for kind, least in (("gemms", 9), ("quantizers", 30)):
+        assert least <= len(mine[kind]) == len(points[kind]) - len(others[kind])
+        assert not [row for row in mine[kind] if row in others[kind]]
+    time_model.print_fit(points, time_model.Console(width=120))
+    printed = capsys.readouterr().out
+    assert "GemmRate(format='int8'" in printed
+    (held_out,) = re.findall("other half of the shapes: ([0-9.]+) of", printed)
+    assert float(held_out) > 0.95
+
+
+def test_bursts_are_compared_without_the_power_limit():
+    rates = tuple(replace(rate, sustained=math.inf) for rate in H200.gemms)
+    points = perfect_points(replace(H200, gemms=rates))
+    assert time_model.share(list(time_model.entries(points, H200))) < 0.9
+    assert time_model.share(list(time_model.entries(points | {"steady": False}, H200))) == 1.0
 
 
 def test_no_shape_is_an_error_and_no_share():
@@ -114,7 +145,7 @@ def test_the_committed_grid_is_predicted():
     found = list(time_model.entries(RECORD, H200))
     assert {each.what for each in found} == {"GEMM", "Linear"}
     assert len({each.shape for each in found if each.group == "targets"}) == len(TARGET_GEMMS)
-    assert time_model.share(found) > 0.8
+    assert time_model.share(found) > 0.9
     off = replace(H200, copy_bytes_per_us=H200.copy_bytes_per_us / 3)
     assert time_model.share(list(time_model.entries(RECORD, off))) < 0.6
 

@@ -28,6 +28,7 @@ from gpu_turns import Turns  # noqa: E402
 from gpu_workers import Outcome, Task, Workers  # noqa: E402
 from recipe_records import (  # noqa: E402
     BASELINE,
+    CONTROL,
     DIVERGED,
     FAILED,
     FINE_TUNING,
@@ -178,6 +179,30 @@ def test_times_are_those_of_the_same_call_and_gpu() -> None:
     ours = rows(records, FINE_TUNING)[1]
     assert (ours.ms, ours.ms_baseline) == (40.0, 60.0)
     assert ours.sqnr == {"output": (25.0, 20.0, "b")}
+    assert (ours.device_ms, ours.device_ms_baseline) == (None, None)
+    records[1]["device_ms"], records[3]["device_ms"] = 20.0, 10.0
+    ours = rows(records, FINE_TUNING)[1]
+    assert (ours.device_ms, ours.device_ms_baseline) == (10.0, 20.0)
+
+
+def test_who_misses_parity_is_explained_by_its_weakest_matmuls() -> None:
+    def levels(name: str, weakest: float) -> dict[str, Any]:
+        sites = {f"layers.{n}.k_proj": weakest - n for n in range(4)}
+        sites |= {f"layers.{n}.down_proj": 30.0 + n for n in range(16)}
+        sqnr = {"output": {"a": 40.0}, "grad_input": sites, "grad_weight": {}}
+        return record(name, kind=SQNR, sqnr_db=sqnr)
+
+    records = [record(BASELINE, 2.0), record(BASELINE, 2.2, seed=1)]
+    records += [record("kept", 2.0), record("kept", 2.2, seed=1), levels("kept", 33.0)]
+    records += [record("missed", 2.5), levels("missed", 3.0), levels("int8_rotated", 39.0)]
+    missed = next(row for row in rows(records, FINE_TUNING) if row.recipe == "missed")
+    assert missed.missed and missed.parity is None and missed.weakest == "grad_input"
+    assert missed.worst_linears["grad_input"] == ("k_proj", 2, 2)
+    text = markdown(records)
+    assert "| `missed` | 2.5000 | +50.00 | 1 | no, by one seed |" in text
+    assert "grad_input, most of all k_proj (2 of the 2 worst)" in text
+    assert "`kept` (35.5 dB, grad_input)" in text and "`missed` (35.5 dB, grad_input)" in text
+    assert "`int8_rotated` | -" not in text and "Not run: `int8_rotated`, " in text
 
 
 def test_markdown_has_a_row_a_recipe_and_is_put_between_the_marks() -> None:
@@ -209,6 +234,9 @@ def test_every_recipe_has_its_runs_and_shards_share_them_out() -> None:
     assert set(tuned) == set(bench.known_recipes())
     assert tuned[BASELINE] == tuned["int8_rotated"] == (0, 1, 2)
     assert tuned["fp8_tensorwise"] == (0, 1)
+    assert tuned["int8_rotated memory=min"] == tuned[CONTROL] == (0, 1, 2)
+    measured = [j.recipe for j in jobs if j.kind == SQNR]
+    assert sorted(measured) == sorted(set(bench.hadagraph.RECIPES) - {BASELINE})
     assert jobs[0].recipe == BASELINE
     scratch = {j.recipe for j in jobs if j.workload == FROM_SCRATCH}
     assert scratch == set(bench.FROM_SCRATCH_RECIPES)
@@ -232,6 +260,21 @@ def test_what_is_done_is_left_out_but_the_baseline_is_in_every_call() -> None:
     assert next(j for j in left if j.recipe == "int8_rotated").seeds == (1, 2)
     records += [record("int8_rotated", 2.0, seed=seed) for seed in (1, 2)]
     assert bench.open_jobs(jobs, records, found, (0, 1)) == []
+
+
+def test_a_baseline_is_run_only_for_what_is_compared_with_it() -> None:
+    scratch = ("--scratch-recipes", "int8_rotated")
+    args = arguments("--recipes", "hot", "--sqnr", "--gpus", "2", *scratch)
+    jobs, found = bench.wanted_jobs(args), bench_workloads(args)
+
+    def left(*records: dict[str, Any]) -> list[tuple[str, str, str]]:
+        opened = bench.open_jobs(jobs, list(records), found, (0, 1))
+        return sorted({(j.workload, j.kind, j.recipe) for j in opened})
+
+    done = record("int8_rotated", 2.0, workload=FROM_SCRATCH)
+    kinds = {(FINE_TUNING, TRAINING, BASELINE), (FINE_TUNING, TIME, BASELINE)}
+    assert {job for job in left(done) if job[2] == BASELINE} == kinds
+    assert left(done, record("hot", 2.0)) == [(FINE_TUNING, SQNR, "hot")]
 
 
 def test_time_only_has_a_baseline_on_each_gpu() -> None:
@@ -416,6 +459,58 @@ def test_a_call_trains_keeps_and_merges_and_another_has_nothing_to_do(tmp_path: 
     assert 0 < ours.saved_bytes < ours.saved_bytes_baseline
     assert ours.ms > 0 and ours.ms_baseline > 0
     assert "0 processes to run" in call()
+
+
+def test_the_devices_time_is_that_of_the_profiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    import recipe_training
+
+    calls: list[str] = []
+
+    class Profiler:
+        def __init__(self, activities: Any) -> None:
+            self.start, self.stop = lambda: calls.append("on"), lambda: calls.append("off")
+
+        def export_chrome_trace(self, path: str) -> None:
+            kernels = [{"cat": "kernel", "name": "gemm", "dur": 1500.0}] * 4
+            Path(path).write_text(json.dumps({"traceEvents": [*kernels, {"cat": "cuda_runtime"}]}))
+
+    monkeypatch.setattr(recipe_training, "profile", Profiler)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    device = recipe_training.DeviceTime(first=5, count=2)
+    for step in range(1, 8):
+        calls.append(str(step))
+        device.on_step(step, 1.0)
+    assert calls[4:] == ["5", "on", "6", "7", "wait", "off"]
+    assert device.found() == {"device_ms": 3.0, "launches": 2}
+
+
+def test_options_of_hadagraph_stand_behind_the_recipes_name(tmp_path: Path) -> None:
+    from recipe_training import Worker
+
+    workload = bench_workloads(arguments())[FINE_TUNING]
+    workload = dataclasses.replace(workload, settings=SETTINGS | {"lower": True, "options": {}})
+    given = ("int8_rotated memory=min", "call", tmp_path, 0, lambda record: None, 1.0)
+    options = Worker(workload, *given)._options(None)  # type: ignore[arg-type]
+    assert options == {"recipe": "int8_rotated", "never_slower": False, "memory": "min"}
+
+
+def test_parts_of_the_memory_file_are_united(tmp_path: Path) -> None:
+    from saved_memory import merge
+
+    shares = {"inductor bf16": {"saved_share": 1.0}, "mxfp4": {"saved_share": 0.27}}
+    settings = {"shape": "tiny", "batch": 2, "sequence": 64, "executor": "eager"}
+    files = []
+    for number, more in enumerate(({"hlq": {"saved_share": 0.13}}, {"int8_rotated": {}}, {})):
+        content = {"models": {"linears": shares | more}, "device": "a GPU" if number < 2 else ""}
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps(content | {"settings": settings}))
+    place = argparse.Namespace(merge=files[:2], out=tmp_path / "merged.json")
+    united = merge(place)["models"]["linears"]
+    assert set(united) == {*shares, "hlq", "int8_rotated"}
+    assert json.loads(place.out.read_text())["models"]["linears"] == united
+    with pytest.raises(ValueError, match="another device"):
+        merge(argparse.Namespace(merge=files, out=None))
 
 
 # ------------------------------------------------------------------ pictures

@@ -13,7 +13,7 @@ from models import Mlp, gradients
 from torch import nn
 
 import hadagraph
-from hadagraph import compat, statistics
+from hadagraph import statistics
 from hadagraph.config import Config
 from hadagraph.formats import PER_KEPT_INDEX, PER_TENSOR, Granularity
 from hadagraph.observation import Key, Observer
@@ -22,18 +22,11 @@ from hadagraph.profile import PATTERNS, Profile, SiteStatistics, bin_edges
 from hadagraph.recipes import ROLES
 from hadagraph.statistics import observed, outlier_pattern, site_statistics
 
+pytestmark = pytest.mark.usefixtures("uncached")
+
 EAGER = {"executor": "eager", "debug": True, "keep": []}
 SITES = {(name, role) for name in ("gate", "up", "down") for role in ROLES}
 KINDS = ("input", "weight")
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    hadagraph.reset_report()
-    with compat.without_caches():
-        yield
-    torch._dynamo.reset()
 
 
 class Loss(nn.Module):

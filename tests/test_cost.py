@@ -24,7 +24,7 @@ from hadagraph.cost import (
 )
 from hadagraph.device import CHIPS, KINDS, LAYOUTS
 
-GRID = Path(__file__).parents[1] / "bench" / "results" / "cost_grid.json"
+GRID = Path(__file__).parents[1] / "bench" / "results" / "time_model.json"
 H200 = CHIPS["H200"]
 sizes = st.integers(16, 20000)
 chips = st.sampled_from(list(CHIPS.values()))
@@ -51,6 +51,14 @@ def test_quantizers_take_longer_the_more_they_move(profile, T, K, more):
             assert us < quantizer_us(profile, T, K, layouts, kind, input_bytes=4)
 
 
+def test_a_quantizer_takes_longer_the_more_it_computes():
+    for chip in CHIPS.values():
+        for layouts in ("rows", "columns"):
+            kinds = ("plain", "block", "two_level", "random")
+            times = [quantizer_us(chip, 8192, 4096, layouts, kind) for kind in kinds]
+            assert max(times[:2]) < min(times[2:])
+
+
 def test_a_gemm_of_fp32_counts_as_tf32_and_an_unknown_format_is_refused():
     assert gemm_us(H200, 512, 512, 512, "fp32") == 2 * gemm_us(H200, 512, 512, 512, "bf16")
     with pytest.raises(ValueError, match="format must be one of bf16, int8 on A100"):
@@ -59,7 +67,7 @@ def test_a_gemm_of_fp32_counts_as_tf32_and_an_unknown_format_is_refused():
 
 def test_waves_and_splits():
     """One tile more than multiprocessors costs a second wave; few tiles are helped by splits."""
-    rate = replace(H200.gemm("bf16"), tiles=((128, 128),), splits=1, sustained=math.inf)
+    rate = replace(H200.gemm("bf16"), tiles=((128, 128),), splits=1, sustained=math.inf, alone=1.0)
     profile = replace(H200, gemms=(rate,))
     one, two = (gemm_us(profile, 1536, N, 4096, "bf16") for N in (11 * 128, 11 * 128 + 1))
     assert two - rate.fixed_us == pytest.approx(2 * (one - rate.fixed_us))
@@ -96,6 +104,16 @@ def test_both_layouts_by_one_operator_in_the_same_phase_only():
     assert apart.host == HOST.quantize_rows + HOST.quantize_columns
 
 
+def test_block_scales_are_made_layout_by_layout_from_memory():
+    uses = [use(X, dim, backward=True, kind="block") for dim in (1, 0)]
+    apart = quantizer_times(H200, uses)
+    assert apart.device == pytest.approx(
+        device_us(X, "rows", "block") + device_us(X, "columns", "block")
+    )
+    assert apart.host == HOST.quantize_rows + HOST.quantize_columns
+    assert all(each.by_blocks for each in uses) and not use(X, 1).by_blocks
+
+
 def test_a_fused_producer_writes_its_matrix_only_for_who_reads_it():
     fused = replace(X, fused=True)
     plain = producer_times(H200, [X, W], [])
@@ -116,24 +134,18 @@ def test_times_pass_side_by_side():
 
 @pytest.fixture(scope="module")
 def grid():
-    return json.loads(GRID.read_text())
-
-
-def burst(profile):
-    """As the grid is measured: in bursts too short for the power limit."""
-    rates = tuple(replace(rate, sustained=math.inf) for rate in profile.gemms)
-    return replace(profile, gemms=rates)
+    return json.loads(GRID.read_text())["points"]
 
 
 # Waves, tiles and power make single shapes deviate; half of the shapes are within the mean.
-@pytest.mark.parametrize(("format", "mean"), [("bf16", 0.08), ("int8", 0.12), ("fp8", 0.12)])
+@pytest.mark.parametrize(("format", "mean"), [("bf16", 0.07), ("int8", 0.08), ("fp8", 0.08)])
 def test_gemms_of_the_grid(grid, format, mean):
     errors = [
-        abs(math.log(gemm_us(burst(H200), r["M"], r["N"], r["C"], format) / r["us"]))
+        abs(math.log(gemm_us(H200, r["M"], r["N"], r["C"], format) / r["us"]))
         for r in grid["gemms"]
         if r["kernel"] == format
     ]
-    assert len(errors) > 100
+    assert len(errors) > 80
     assert statistics.mean(errors) < mean
     assert sorted(errors)[int(0.95 * len(errors))] < 0.4
 
@@ -146,8 +158,8 @@ def test_quantizers_of_the_grid(grid, layouts, kind):
         for r in grid["quantizers"]
         if r["kernel"] == f"{layouts} {kind}"
     ]
-    assert len(errors) > 50
-    assert statistics.median(errors) < 0.2
+    assert len(errors) >= 20
+    assert statistics.median(errors) < 0.1
 
 
 def test_the_predicted_winner_is_the_measured_one(grid):
@@ -159,7 +171,7 @@ def test_the_predicted_winner_is_the_measured_one(grid):
     lost = [
         1 - best / measured[chosen]
         for (_, M, N, C), measured in times.items()
-        for chosen in [min(("bf16", "int8"), key=lambda f: gemm_us(burst(H200), M, N, C, f))]
+        for chosen in [min(("bf16", "int8"), key=lambda f: gemm_us(H200, M, N, C, f))]
         for best in [min(measured["bf16"], measured["int8"])]
     ]
     assert sum(share > 0.05 for share in lost) < 0.1 * len(lost)

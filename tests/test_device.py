@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hadagraph.device import CHIPS, KINDS, LAYOUTS, DeviceProfile, chip_profile
+from hadagraph.device import BLOCK_KINDS, CHIPS, KINDS, LAYOUTS, DeviceProfile, chip_profile
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -12,7 +12,7 @@ def test_every_row_is_complete(chip):
     profile = CHIPS[chip]
     assert profile.name == chip and profile.source
     for layouts in LAYOUTS:
-        for kind in KINDS:
+        for kind in KINDS + BLOCK_KINDS * (layouts != "both"):
             assert 0 < profile.quantizer(layouts, kind).share <= 1
     formats = {rate.format for rate in profile.gemms}
     assert formats >= {"bf16", "int8"}

@@ -38,6 +38,16 @@ def test_gemm_rates_are_found_again():
     assert fitted.gemm("int8").sustained == H200.gemm("int8").sustained
 
 
+@pytest.mark.parametrize("steady", [True, False])
+def test_the_power_limit_is_found_where_it_is_in_the_points(steady):
+    prior = H200.gemm("bf16").sustained
+    rate = replace(H200.gemm("bf16"), sustained=500.0)
+    truth = replace(H200, gemms=(rate,))
+    points = [GemmPoint("bf16", *s, us=gemm_us(truth, *s, "bf16")) for s in SHAPES]
+    fitted = fit(H200, points, [], steady=steady).gemm("bf16")
+    assert fitted.sustained == pytest.approx(500.0 if steady else prior, rel=0.03)
+
+
 def quantizer_points(share, fixed_us):
     rates = (replace(H200.quantizer("rows", "rotated"), share=share, fixed_us=fixed_us),)
     truth = replace(H200, quantizers=rates)

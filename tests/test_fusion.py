@@ -10,17 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 import hadagraph
-from hadagraph import compat
 from hadagraph.region import Chain
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    hadagraph.reset_report()
-    with compat.without_caches():
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("uncached")
 
 
 class SwiGlu(nn.Module):

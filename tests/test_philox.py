@@ -42,7 +42,7 @@ def test_the_transcription_has_the_known_answers(counter, key, words):
 
 def test_the_first_known_answer():
     words = philox.philox_words(seed_of(0), 1, stream=0, kind=0)
-    assert words.tolist() == [0x6627E8D5]
+    assert words.tolist() == [list(KNOWN[0][2])]
 
 
 SEEDS = (0, 1, 0xFFFFFFFF, 1 << 32, 0xA4093822299F31D0, (1 << 64) - 1)
@@ -53,8 +53,7 @@ SEEDS = (0, 1, 0xFFFFFFFF, 1 << 32, 0xA4093822299F31D0, (1 << 64) - 1)
 def test_words_are_those_of_the_counter(seed, stream, kind):
     words = philox.philox_words(seed_of(seed), 50, stream, kind)
     key = (seed & MASK, seed >> 32)
-    expected = [by_hand((e, 0, stream, kind), key)[0] for e in range(50)]
-    assert words.tolist() == expected
+    assert words.tolist() == [list(by_hand((n, 0, stream, kind), key)) for n in range(50)]
 
 
 def test_an_element_is_the_same_in_a_larger_draw():
@@ -62,8 +61,21 @@ def test_an_element_is_the_same_in_a_larger_draw():
     few = philox.uniform(seed, (3, 40), 5)
     assert torch.equal(philox.uniform(seed, (9, 40), 5)[:3], few)
     assert torch.equal(philox.uniform(seed, (1, 120), 5).reshape(3, 40), few)
-    words = philox.philox_words(seed, 120, 5, philox.ROUNDING).tolist()
-    assert few.flatten().tolist() == [(word >> 8) / 2**24 for word in words]
+
+
+@pytest.mark.parametrize("shape", [(4, 16), (5, 7), (3, 1)])
+def test_each_element_has_a_word_of_its_own(shape):
+    """Four neighbors of a row share a counter, and a row ends with its last."""
+    R, C = shape
+    fours = (C + 3) // 4
+    words = [
+        by_hand((i * fours + j // 4, 0, 5, philox.ROUNDING), (7, 0))[j % 4]
+        for i in range(R)
+        for j in range(C)
+    ]
+    assert len(set(words)) == R * C
+    drawn = philox.uniform(seed_of(7), shape, 5)
+    assert drawn.flatten().tolist() == [(word >> 8) / 2**24 for word in words]
 
 
 def test_streams_kinds_and_seeds_differ():
@@ -85,14 +97,26 @@ def test_uniform_numbers_are_uniform():
     counts = draws.flatten().histc(16, 0, 1)
     # Each of 16 bins: 6250 +- 77.
     assert (counts - 6250).abs().max() < 5 * 77
+    words = draws.unflatten(1, (25, 4)) - 0.5
+    assert words.mean((0, 1)).abs().max() < 5 / (12 * 25_000) ** 0.5
+    # Products of two words of a counter: their standard deviation is 1 / 12.
+    together = torch.einsum("rca,rcb->ab", words, words) / 25_000
+    assert (together - torch.eye(4) / 12).triu(1).abs().max() < 5 / 12 / 25_000**0.5
 
 
-def test_signs():
-    signs = philox.random_signs(seed_of(3), 128, 9)
-    words = philox.philox_words(seed_of(3), 128, 9, philox.SIGNS).tolist()
-    assert signs.tolist() == [-1.0 if word & 1 else 1.0 for word in words]
-    assert 30 < (signs == 1).sum() < 98  # 64 +- 5.7
-    assert not torch.equal(signs, philox.random_signs(seed_of(4), 128, 9))
+@pytest.mark.parametrize("block", [16, 128, 512])
+def test_signs(block):
+    signs = philox.random_signs(seed_of(3), block, 9)
+    words = [word for n in range(4) for word in by_hand((n, 0, 9, philox.SIGNS), (3, 0))]
+    bits = [words[i // 32] >> i % 32 & 1 for i in range(block)]
+    assert signs.tolist() == [-1.0 if bit else 1.0 for bit in bits]
+    assert not torch.equal(signs, philox.random_signs(seed_of(4), block, 9))
+
+
+def test_signs_are_balanced():
+    signs = torch.stack([philox.random_signs(seed_of(3), 128, stream) for stream in range(400)])
+    assert signs.mean(0).abs().max() < 5 / 400**0.5
+    assert signs.mean().abs() < 5 / (128 * 400) ** 0.5
 
 
 def test_numbers_of_streams_are_fixed_and_small():
@@ -103,3 +127,9 @@ def test_numbers_of_streams_are_fixed_and_small():
 
 def test_nothing_drawn():
     assert philox.uniform(seed_of(0), (0, 5), 0).shape == (0, 5)
+
+
+@pytest.mark.parametrize("stream", [-1, 1 << 31])
+def test_a_stream_is_a_number_of_31_bits(stream):
+    with pytest.raises(ValueError, match="stream must be a number of 31 bits"):
+        philox.uniform(seed_of(0), (1, 4), stream)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -22,7 +21,6 @@ from hadagraph.recipes import (
 from hadagraph.rotation import Fixed
 from hadagraph.rules import PER_GEMM
 
-GOLDEN = Path(__file__).parent / "golden" / "recipes.txt"
 every_recipe = pytest.mark.parametrize("recipe", ROWS, ids=lambda recipe: recipe.name)
 
 
@@ -123,11 +121,9 @@ def test_every_row_reads_back_from_its_text(recipe):
     assert recipe_from_toml(recipe_to_toml(recipe), recipe_named) == recipe
 
 
-def test_text_of_the_rows(update_golden):
+def test_text_of_the_rows(assert_golden):
     text = "\n".join(f"# {'-' * 70}\n{recipe_to_toml(recipe)}" for recipe in ROWS)
-    if update_golden:
-        GOLDEN.write_text(text)
-    assert text == GOLDEN.read_text(), "changed on purpose? then pytest --update-golden"
+    assert_golden("recipes.txt", text)
 
 
 def test_aliases():

@@ -48,11 +48,40 @@ def test_restart_keeps_the_tensor_that_a_captured_graph_reads():
     assert seeds.counter(CPU) is before
 
 
+def test_a_state_that_is_saved_is_where_another_process_goes_on(monkeypatch, tmp_path):
+    drawn(3)
+    torch.save({"seeds": seeds.get_state(), "torch": torch.get_rng_state()}, tmp_path / "state")
+    following = drawn()
+    torch.manual_seed(9)
+    monkeypatch.setattr(seeds, "_COUNTERS", {})
+    state = torch.load(tmp_path / "state", map_location="cpu", weights_only=True)
+    torch.set_rng_state(state["torch"])
+    seeds.set_state(state["seeds"])
+    assert drawn() == following
+
+
+def test_a_state_is_kept_apart_and_set_in_place():
+    first = drawn()
+    seeds.restart()
+    state, before = seeds.get_state(), seeds.counter(CPU)
+    for _ in range(2):
+        seeds.set_state(state)
+        assert drawn() == first
+    assert seeds.counter(CPU) is before
+
+
+def test_what_a_state_does_not_know_begins_anew():
+    first = drawn()
+    seeds.set_state({})
+    assert drawn() == first
+
+
 def test_the_users_generator_is_not_advanced():
     state = torch.get_rng_state()
     drawn()
     ops.next_seed(CPU)
     seeds.restart()
+    seeds.set_state(seeds.get_state())
     assert torch.equal(torch.get_rng_state(), state)
 
 

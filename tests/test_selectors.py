@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import hadagraph
-from hadagraph import compat, selectors
+from hadagraph import selectors
 from hadagraph.encode import decode_reference, encode_reference, transformed
 from hadagraph.formats import PER_KEPT_INDEX, PER_TENSOR, Encoding
 from hadagraph.profile import Profile, SiteStatistics
@@ -127,15 +127,7 @@ def test_other_recipes_take_nothing_from_a_calibration():
         assert select_rules(RECIPES[name], "output", site) == (RECIPES[name].output, "")
 
 
-@pytest.fixture
-def fresh():
-    torch._dynamo.reset()
-    with compat.without_caches():
-        yield
-    torch._dynamo.reset()
-
-
-def test_a_plan_carries_the_selection_out(fresh):
+def test_a_plan_carries_the_selection_out(uncached):
     torch.manual_seed(0)
     linear = nn.Linear(C, N, bias=False)
     x = matrix(M, "R", 1).requires_grad_()
@@ -163,7 +155,7 @@ def test_a_plan_carries_the_selection_out(fresh):
     assert not any(d.lhs.outliers or d.rhs.outliers for d in without.plan.decisions)
 
 
-def test_a_profile_of_another_model_changes_nothing(fresh):
+def test_a_profile_of_another_model_changes_nothing(uncached):
     options = {"recipe": "adahop", "profile": Profile()}
     (report,) = hadagraph.explain(nn.Linear(C, N), matrix(M, "R", 1), options=options).reports
     assert not any(d.lhs.outliers for d in report.plan.decisions)

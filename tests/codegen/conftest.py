@@ -1,5 +1,5 @@
-"""Under TRITON_INTERPRET, bf16 products and roundings that are right, and what the interpreter
-lacks: functions of libdevice, and moves in assembly."""
+"""Memory whose every byte must be written and, under TRITON_INTERPRET, bf16 products and roundings
+that are right, and what the interpreter lacks: functions of libdevice, and moves in assembly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ import math
 import os
 
 import numpy as np
+import pytest
 import torch
+
+
+@pytest.fixture
+def poisoned_allocations():
+    """Freed memory of the caching allocator holds 0x7F bytes: an element not written is seen."""
+    block = torch.full((1 << 24,), 0x7F, dtype=torch.uint8, device="cuda")
+    small = [torch.full((1 << 12,), 0x7F, dtype=torch.uint8, device="cuda") for _ in range(64)]
+    del block, small
+    yield
+    torch.cuda.synchronize()
 
 
 def _widen_bf16_operands() -> None:

@@ -8,11 +8,13 @@ differ, by one step, besides groups whose scale fell on the other side of a roun
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from hadagraph.codec import unpack
-from hadagraph.codegen import encoded, transforms
+from hadagraph.codegen import encoded, encoded_mm, transforms
+from hadagraph.codegen.spec import Capability
 from hadagraph.encode import (
     Encoded,
     clip_mask_reference,
@@ -25,11 +27,9 @@ from hadagraph.encode import (
 )
 from hadagraph.formats import Encoding, format_named
 from hadagraph.rotation import (
-    PerStep,
     Rotation,
     project_reference,
     unproject_reference,
-    unrotate_reference,
 )
 
 SEED = -0x123456789ABCDEF
@@ -134,12 +134,32 @@ def _bits(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale.isnan(), float("nan"), scale).view(torch.int32)
 
 
+def encoded_on(
+    capability: Capability, x: torch.Tensor, seed: torch.Tensor | None, *values: Any
+) -> Encoded:
+    """What the operator `encode` makes; values: its other arguments."""
+    return Encoded(*encoded.ready_encode(capability, x, seed, *values)(x, seed))
+
+
+def decoded_on(capability: Capability, codes: Encoded, *values: Any) -> torch.Tensor:
+    """What the operator `decode` makes; values: its other arguments."""
+    return encoded.ready_decode(capability, *codes.tensors, *values)(*codes.tensors)
+
+
+def multiplied_on(
+    capability: Capability, a: Encoded, b: Encoded, bias: torch.Tensor | None, *values: Any
+) -> torch.Tensor:
+    """What the operator `encoded_mm` makes; values: its other arguments."""
+    tensors = (*a.tensors, *b.tensors, bias)
+    return encoded_mm.ready_encoded_mm(capability, *tensors, *values)(*tensors)
+
+
 def check_encode(
     x: torch.Tensor,
     encoding: Encoding,
     contracted_dim: int,
     device: str,
-    capability: tuple[int, int],
+    capability: Capability,
     *,
     exact: bool,
 ) -> None:
@@ -148,24 +168,20 @@ def check_encode(
     exact = exact and encoding.fit != "mse"
     moved = _moved(x, device)
     seed, on_device = seed_on("cpu"), seed_on(device)
-    given = encoding.needs_seed
-    got = encoded.encode(
-        moved, on_device if given else None, encoding, contracted_dim, STREAM, capability
-    )
+    given = on_device if encoding.needs_seed else None
+    got = encoded_on(capability, moved, given, str(encoding), contracted_dim, STREAM)
     expected = encode_reference(x, encoding, contracted_dim, seed, STREAM)
     assert_encoded(got, expected, encoding, exact=exact)
     size = encoding.transformed_size(x.shape[contracted_dim])
     for dtype in (torch.float32,) if exact else (torch.float32, torch.bfloat16):
-        values = encoded.decode(
-            on(device, expected), encoding, contracted_dim, size, dtype, capability
-        ).cpu()
+        codes = on(device, expected)
+        values = decoded_on(capability, codes, str(encoding), contracted_dim, size, dtype).cpu()
         wanted = decode_reference(expected, encoding, contracted_dim, size, dtype)
         assert values.is_contiguous()
         torch.testing.assert_close(values, wanted, rtol=0.0, atol=0.0, equal_nan=True)
     if encoding.fit == "mse":
-        mask = encoded.clip_mask(
-            moved, on_device if given else None, encoding, contracted_dim, capability
-        ).cpu()
+        arguments = (moved, given, str(encoding), contracted_dim)
+        mask = encoded.ready_clip_mask(capability, *arguments)(moved, given).cpu()
         wanted = clip_mask_reference(x, encoding, contracted_dim, seed)
         assert mask.shape == wanted.shape
         assert mask.dtype == torch.bool
@@ -196,33 +212,29 @@ def assert_rounded_once(got: torch.Tensor, expected: torch.Tensor, x: torch.Tens
 
 
 def check_rotation(
-    x: torch.Tensor, dim: int, text: str, device: str, capability: tuple[int, int]
+    x: torch.Tensor, dim: int, text: str, device: str, capability: Capability
 ) -> None:
     """Rotated and taken back, each against the reference in fp32."""
     rotation, seed, moved = Rotation.parse(text), seed_on("cpu"), _moved(x, device)
     on_device = seed_on(device)
-    rotate = transforms.ready_rotate(moved, dim, text, on_device, capability)
+    rotate = transforms.ready_rotate(capability, moved, dim, text, on_device)
     got = rotate(moved, on_device)
     assert_rounded_once(got, rotate_with_seed(x.float(), dim, rotation, seed), x)
     size = x.shape[dim]
-    back = transforms.ready_unrotate(got, dim, text, size, on_device, capability)(got, on_device)
-    arguments = (got.cpu().float(), dim, rotation, size)
-    if isinstance(rotation.signs, PerStep):
-        expected = unrotate_with_seed(*arguments, seed)
-    else:
-        expected = unrotate_reference(*arguments)
+    back = transforms.ready_unrotate(capability, got, dim, text, size, on_device)(got, on_device)
+    expected = unrotate_with_seed(got.cpu().float(), dim, rotation, size, seed)
     assert_rounded_once(back, expected, x)
 
 
 def check_projection(
-    x: torch.Tensor, dim: int, projection: tuple[int, int], device: str, capability: tuple[int, int]
+    x: torch.Tensor, dim: int, projection: tuple[int, int], device: str, capability: Capability
 ) -> None:
     """Projected and taken back, each against the reference in fp32."""
     moved = _moved(x, device)
-    got = transforms.ready_project(moved, dim, *projection, capability)(moved, None)
+    got = transforms.ready_project(capability, moved, dim, *projection)(moved)
     assert_rounded_once(got, project_reference(x.float(), dim, projection), x)
     size = x.shape[dim]
-    back = transforms.ready_unproject(got, dim, *projection, size, capability)(got, None)
+    back = transforms.ready_unproject(capability, got, dim, *projection, size)(got)
     expected = unproject_reference(got.cpu().float(), dim, projection, size)
     assert_rounded_once(back, expected, x)
 
@@ -241,7 +253,7 @@ def check_mm(
     bias_dtype: torch.dtype | None,
     out_dtype: torch.dtype,
     device: str,
-    capability: tuple[int, int],
+    capability: Capability,
 ) -> None:
     """encoded_mm against the fp64 product of what the codes stand for: within the output's
     rounding, the epilogue's, and the tensor core's fp32 sum, which truncates in each step (to at
@@ -249,15 +261,8 @@ def check_mm(
     M, N, C = sizes
     (a, a_encoding), (b, b_encoding) = operand(texts[0], M, C, 1), operand(texts[1], N, C, 2)
     bias = None if bias_dtype is None else torch.randn(N).to(bias_dtype)
-    out = encoded.encoded_mm(
-        on(device, a),
-        on(device, b),
-        None if bias is None else bias.to(device),
-        a_encoding,
-        b_encoding,
-        out_dtype,
-        capability,
-    )
+    given = None if bias is None else bias.to(device)
+    out = multiplied_on(capability, on(device, a), on(device, b), given, *texts, out_dtype)
     assert out.dtype == out_dtype
     assert out.shape == (M, N)
     if 0 in (M, N):

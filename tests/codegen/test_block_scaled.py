@@ -10,32 +10,35 @@ are documented (PTX ISA, "Block scaling for mma"; two fp4 codes a byte, the firs
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from again import (
+    INTERPRETED,
+    assert_passes_interpreted,
+    assert_passes_with_triton_36,
+    compiler,
+    interpreter,
+    starts_interpreter,
+    with_triton_36,
+)
+from encode_checks import multiplied_on
 from test_compile import SHARED_LIMIT, compiled
 
 from hadagraph.codegen.calls import arranged, block_scaled_mm_call
 from hadagraph.codegen.choose_block_scaled import block_scaled_mm, block_scaled_refusal
 from hadagraph.codegen.choose_encode import NATIVE_BLOCKS, NATIVE_CODES, mm_route
 from hadagraph.codegen.emit import emit
-from hadagraph.codegen.encoded import encoded_mm
 from hadagraph.codegen.tune import MmConfig
 from hadagraph.encode import Encoded, encode_reference, encoded_mm_reference
 from hadagraph.formats import FORMATS, Encoding
 from hadagraph.operands import has_native_gemm
 from hadagraph.plan import OperandPlan
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs under TRITON_INTERPRET=1")
-compiler = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 SM100, SM120 = (10, 0), (12, 0)
 MXFP8 = "fp8_e4m3/block_contracted(32)/e8m0"
 MXFP8_E5M2 = "fp8_e5m2/block_contracted(32)/h32/e8m0"
@@ -150,16 +153,9 @@ def test_instructions(capability, pair, sizes):
 
 
 @compiler
-@pytest.mark.skipif(
-    not os.environ.get("HADAGRAPH_TRITON36"), reason="HADAGRAPH_TRITON36 names no triton 3.6"
-)
+@with_triton_36
 def test_with_triton_36():
-    environment = os.environ | {"PYTHONPATH": os.environ["HADAGRAPH_TRITON36"]}
-    environment.pop("HADAGRAPH_TRITON36")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "instructions"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert_passes_with_triton_36(__file__, "-k", "instructions")
 
 
 # -------------------------------------------------------------------------- what they compute
@@ -211,12 +207,9 @@ if INTERPRETED:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+@starts_interpreter
 def test_interpreter_process():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert_passes_interpreted(__file__)
 
 
 def operands(pair: tuple[str, str], sizes: tuple[int, int, int]) -> tuple[Encoded, Encoded]:
@@ -277,7 +270,7 @@ def test_the_arrangement():
 @pytest.mark.parametrize("capability", [SM100, SM120])
 def test_the_route_of_encoded_mm(pair, capability):
     a, b = operands(pair, (40, 24, 96))
-    got = encoded_mm(a, b, None, *parsed(pair), torch.bfloat16, capability)
+    got = multiplied_on(capability, a, b, None, *pair, torch.bfloat16)
     expected = encoded_mm_reference(a, b, None, *parsed(pair), torch.bfloat16)
     assert got.dtype == torch.bfloat16
     # Rounded to bf16 after sums in another order: at most a step of 2^-8 apart.
@@ -288,9 +281,10 @@ def test_the_route_of_encoded_mm(pair, capability):
 def test_what_is_not_finite_spoils_its_rows():
     x = torch.randn(20, 64)
     x[3, 40] = float("inf")
-    encoding = Encoding.parse(NVFP4.removesuffix("/prescale"))
+    text = NVFP4.removesuffix("/prescale")
+    encoding = Encoding.parse(text)
     a, b = encode_reference(x, encoding, 1), encode_reference(torch.randn(8, 64), encoding, 1)
-    got = encoded_mm(a, b, None, encoding, encoding, torch.float32, SM100)
+    got = multiplied_on(SM100, a, b, None, text, text, torch.float32)
     assert torch.equal(got.isnan(), (torch.arange(20) == 3)[:, None].expand(20, 8))
 
 

@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import weakref
 
 import pytest
 import torch
+from again import assert_passes_interpreted, interpreter, starts_interpreter
 from kernel_checks import CHAINS, chain_inputs, check_chain
 
-from hadagraph.codegen import launch, tune
+from hadagraph.codegen import calls, chains, launch, tune
 from hadagraph.codegen.choose import pass_fields
 from hadagraph.codegen.choose_chains import ChainSchedule, restricted, select_chain, wanted_of
 from hadagraph.region import Chain
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs under TRITON_INTERPRET=1")
 SM90 = (9, 0)
 ROTATED, PLAIN = "int8/per_kept_index/h128", "int8/per_kept_index"
 H32 = "int8/per_kept_index/h32"
@@ -25,13 +22,9 @@ CHAIN_LAYOUTS = {"rows": (ROTATED, ""), "columns": ("", H32), "both": (ROTATED, 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+@starts_interpreter
 def test_interpreter_process():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout  # not all skipped
+    assert_passes_interpreted(__file__)
 
 
 def bytes_of(name: str, row: str, column: str, value: bool) -> tuple[bool, float]:
@@ -70,6 +63,34 @@ def test_what_an_output_needs_of_a_chain():
     # a matrix is read even if no output needs it: it has their shape
     broadcast = Chain.parse("in bf16 matrix; in fp32 rows; neg %1; out %2 bf16; out %0 bf16")
     assert restricted(broadcast, [0])[1] == (0, 1)
+
+
+def test_an_output_is_finished_and_its_value_freed_before_the_next(monkeypatch):
+    """The most bytes of values, codes and scales at once, without a launch."""
+    held = {"now": 0, "most": 0}
+
+    def counted(size, dtype, device):
+        made = torch.empty(size, dtype=dtype, device=device)
+        nbytes = made.nbytes
+        held["now"] += nbytes
+        held["most"] = max(held.values())
+        weakref.finalize(made, lambda: held.update(now=held["now"] - nbytes))
+        return made
+
+    for module in (chains, calls):
+        monkeypatch.setattr(module, "empty", counted)
+    monkeypatch.setattr(launch, "_READY", {})
+    monkeypatch.setattr(calls, "launch_of", lambda *_: lambda *tensors: None)
+    inputs = chain_inputs(CHAINS["silu_mul_three"], 256, 256, exact=True)
+    rows, columns, element = [ROTATED, ROTATED, ""], [H32] * 3, inputs[0].numel()
+    arguments = (inputs, CHAINS["silu_mul_three"], rows, columns)
+    results = launch.quantize_chain(*arguments, [False] * 3, SM90)
+    # All three values with the codes of the one layout; not those of all five.
+    assert held["most"] == pytest.approx((3 * 2 + 1) * element, rel=0.02)
+    assert held["now"] == sum(each.nbytes for each in results)
+    kept = launch.quantize_chain(*arguments, [True] * 3, SM90)
+    del results
+    assert held["now"] == sum(each.nbytes for each in kept)
 
 
 @interpreter

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 import tempfile
 
 import pytest
 import torch
 import triton
+from again import assert_passes_with_triton_36, compiler, with_triton_36
 from kernel_checks import CHAINS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -24,9 +23,7 @@ from hadagraph.codegen.spec import GluonMmSpec, KernelSpec
 from hadagraph.codegen.store import kernel_module
 from hadagraph.region import Chain
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile"
-)
+pytestmark = compiler
 INSTRUCTION = {
     (8, 0): "mma.sync",
     (8, 9): "mma.sync",
@@ -198,14 +195,6 @@ def test_scaled_mm_for_gfx950():
     assert "v_mfma_i32" in kernel.asm["amdgcn"]
 
 
-@pytest.mark.skipif(
-    not os.environ.get("HADAGRAPH_TRITON36"), reason="HADAGRAPH_TRITON36 names no triton 3.6"
-)
+@with_triton_36
 def test_with_triton_36():
-    environment = os.environ | {"PYTHONPATH": os.environ["HADAGRAPH_TRITON36"]}
-    environment.pop("HADAGRAPH_TRITON36")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "sm_80 or sm_90 or gluon"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout  # not all skipped
+    assert_passes_with_triton_36(__file__, "-k", "sm_80 or sm_90 or gluon")

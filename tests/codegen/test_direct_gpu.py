@@ -13,10 +13,7 @@ from kernel_checks import integers
 from hadagraph import ops
 from hadagraph.codegen import direct, launch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 KNOWN = triton.__version__.split("+")[0] in direct.KNOWN_TRITON
 ROTATED, PLAIN = "int8/per_kept_index/h128", "int8/per_tensor"
 

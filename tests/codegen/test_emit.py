@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from hadagraph.codegen.spec import VECTORS, ColumnWriteSpec, KernelSpec
 from hadagraph.codegen.store import load_module, write_source
 from hadagraph.region import Chain
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 X = torch.empty(16384, 4096, dtype=torch.bfloat16, device="meta")
 ROTATED, PLAIN = "int8/per_kept_index/h128", "fp8_e4m3/per_kept_index"
 H32, H4 = "int8/per_kept_index/h32", "int8/per_kept_index/h4"
@@ -71,12 +69,8 @@ def cases() -> dict[str, KernelSpec]:
 
 
 @pytest.mark.parametrize("name", list(cases()))
-def test_golden(name, update_golden):
-    source = emit(cases()[name])
-    path = GOLDEN / f"{name}.py"
-    if update_golden:
-        path.write_text(source)
-    assert source == path.read_text()
+def test_golden(name, assert_golden):
+    assert_golden(f"{name}.py", emit(cases()[name]))
 
 
 @pytest.mark.parametrize("name", list(cases()))

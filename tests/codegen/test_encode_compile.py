@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
+from again import assert_passes_with_triton_36, compiler, with_triton_36
 from encode_checks import ENCODINGS
 from test_compile import INSTRUCTION, SHARED_LIMIT, compiled, local_memory
 from triton.backends.compiler import GPUTarget
@@ -24,15 +22,10 @@ from hadagraph.codegen.emit import emit
 from hadagraph.codegen.encode_spec import AnySpec
 from hadagraph.formats import Encoding
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile"
-)
+pytestmark = compiler
 TENSOR = "int4/per_tensor/h16/stochastic"
 NVFP4 = "fp4_e2m1/block_contracted(16)/h16:fixed(7)/ue4m3/stochastic/prescale"
 SIX = "fp6_e2m3/block_contracted(32)/h128:per_step(z)/e8m0"
-
-
-GOLDEN = Path(__file__).parent.parent / "golden"
 MXFP4 = "fp4_e2m1/block_contracted(32)/h64:per_step(s)/e8m0/stochastic/three_quarters"
 SQUARE = "fp4_e2m1/block_2d(16)/ue4m3/prescale"
 
@@ -49,12 +42,9 @@ def cases() -> dict[str, AnySpec]:
 
 
 @pytest.mark.parametrize("name", list(cases()))
-def test_golden(name, update_golden):
+def test_golden(name, assert_golden):
     source = emit(cases()[name])
-    path = GOLDEN / f"{name}.py"
-    if update_golden:
-        path.write_text(source)
-    assert source == path.read_text()
+    assert_golden(f"{name}.py", source)
     assert max(len(line) for line in source.splitlines()) <= 132
 
 
@@ -93,6 +83,31 @@ def test_hopper_spills_nothing(text):
     for dtype in ("bf16", "fp32") if text in ENCODINGS[::4] else ("bf16",):
         for spec in kernels(text, (9, 0), dtype):
             assert local_memory(compiled(spec).asm["cubin"]) == 0
+
+
+FP8 = "fp8_e4m3/per_tensor/stochastic"
+THREADS = [(TENSOR, False), (FP8, True)]
+THREADS += [
+    pytest.param(text, kept_first, marks=pytest.mark.slow)
+    for text in (TENSOR, FP8, MXFP4, NVFP4)
+    for kept_first in (False, True)
+    if (text, kept_first) not in THREADS
+]
+
+
+@pytest.mark.parametrize(("text", "kept_first"), THREADS)
+def test_stochastic_rounding_is_cheap(text, kept_first):
+    """Ten rounds, of two products each, for four elements of a thread: their words are in it, and
+    no conversion of layouts is added. Signs take one counter a thread."""
+    encoding = Encoding.parse(text)
+    spec = select_encode("bf16", encoding, (9, 0), kept_first=kept_first).write
+    nearest = replace(spec, encoding=replace(spec.encoding, rounding="nearest"))
+    kernel, plain = compiled(spec), compiled(nearest)
+    elements = spec.rows * spec.span // (32 * spec.warps)
+    counters = elements // 4 + spec.draws_signs
+    assert kernel.asm["ptx"].count("mul.hi.u32") <= 20 * counters
+    conversions = [each.asm["ttgir"].count("ttg.convert_layout") for each in (kernel, plain)]
+    assert conversions[0] <= conversions[1]
 
 
 @pytest.mark.parametrize(
@@ -159,13 +174,12 @@ def test_calls_are_compiled_ahead():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not os.environ.get("HADAGRAPH_TRITON36"), reason="HADAGRAPH_TRITON36 names no triton 3.6"
-)
+@with_triton_36
 def test_with_triton_36():
-    environment = os.environ | {"PYTHONPATH": os.environ["HADAGRAPH_TRITON36"]}
-    environment.pop("HADAGRAPH_TRITON36")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "hopper or (decoded and capability2)", "-m", "slow or not slow"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert_passes_with_triton_36(
+        __file__,
+        "-k",
+        "hopper or stochastic or (decoded and capability2)",
+        "-m",
+        "slow or not slow",
+    )

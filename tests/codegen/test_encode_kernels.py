@@ -3,12 +3,11 @@ needed. One ordinary test runs this file again under TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import weakref
 
 import pytest
 import torch
+from again import assert_passes_interpreted, interpreter, starts_interpreter
 from encode_checks import (
     ENCODINGS,
     PRODUCTS,
@@ -20,23 +19,26 @@ from encode_checks import (
     check_mm,
     check_projection,
     check_rotation,
+    encoded_on,
+    multiplied_on,
+    operand,
     seed_on,
 )
 from kernel_checks import integers, normals
 
-from hadagraph.codegen import encoded, transforms
+from hadagraph import ops
+from hadagraph.codegen import encoded, encoded_mm, launch, transforms
 from hadagraph.encode import clip_mask_reference, encode_reference
 from hadagraph.formats import Encoding
 from hadagraph.philox import philox_words
 from hadagraph.rotation import Rotation, rotate_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs under TRITON_INTERPRET=1")
 SM90, SM80 = (9, 0), (8, 0)
 BF16 = torch.bfloat16
 STOCHASTIC = "fp4_e2m1/block_contracted(32)/e8m0/stochastic"
 TENSOR = "int4/per_tensor/h16"
 KEPT = "int8/per_kept_index/keep8of16/stochastic"
+MXFP8 = "fp8_e4m3/block_contracted(32)/e8m0"
 NVFP4 = "fp4_e2m1/block_contracted(16)/h16:fixed(7)/ue4m3/stochastic/prescale"
 MSE = "fp4_e2m1/block_contracted(32)/h32/e8m0/mse"
 SQUARE = "fp4_e2m1/block_2d(16)/ue4m3/prescale"
@@ -44,12 +46,9 @@ SIX = "fp6_e2m3/block_contracted(32)/h64:per_step(z)/e8m0"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+@starts_interpreter
 def test_interpreter_process():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert_passes_interpreted(__file__)
 
 
 def check(x: torch.Tensor, text: str, contracted_dim: int, *, exact: bool = True) -> None:
@@ -116,11 +115,10 @@ def test_rounding_draws_the_words_of_philox():
     """Codes of a constant say which of the words are below its fraction, beyond 2^32 seeds too."""
     x = torch.full((5, 64), 1.0)
     x[:, 0] = 7.0  # the scale: 1
-    encoding = Encoding.parse("int4/per_kept_index/stochastic")
     x[:, 1:] = 2.375
-    got = encoded.encode(x, seed_on("cpu"), encoding, 1, STREAM, SM90)
+    got = encoded_on(SM90, x, seed_on("cpu"), "int4/per_kept_index/stochastic", 1, STREAM)
     codes = torch.stack((got.codes & 15, got.codes >> 4), -1).flatten(-2)
-    words = philox_words(seed_on("cpu"), 320, STREAM, 0).reshape(5, 64) >> 8
+    words = philox_words(seed_on("cpu"), 80, STREAM, 0).reshape(5, 64) >> 8
     expected = torch.where(words < 0.375 * 2**24, 3, 2).to(torch.uint8)
     assert torch.equal(codes[:, 1:], expected[:, 1:])
     assert 0.2 < float((codes[:, 1:] == 3).float().mean()) < 0.55
@@ -128,10 +126,10 @@ def test_rounding_draws_the_words_of_philox():
 
 @interpreter
 def test_streams_and_seeds_differ():
-    x, encoding = normals(20, 64, BF16), Encoding.parse(STOCHASTIC)
+    x = normals(20, 64, BF16)
     seeds = torch.tensor([1]), torch.tensor([1 + (1 << 40)])
     made = [
-        encoded.encode(x, seed, encoding, 1, stream, SM90).codes
+        encoded_on(SM90, x, seed, STOCHASTIC, 1, stream).codes
         for seed in seeds
         for stream in (1, 2)
     ]
@@ -141,22 +139,78 @@ def test_streams_and_seeds_differ():
 
 def test_a_missing_seed_is_named():
     with pytest.raises(ValueError, match="needs a seed"):
-        encoded.encode(torch.ones(2, 64), None, Encoding.parse(STOCHASTIC), 1, 0, SM90)
+        encoded_on(SM90, torch.ones(2, 64), None, STOCHASTIC, 1, 0)
 
 
 @pytest.mark.parametrize("text", REFUSED)
 def test_what_kernels_refuse_goes_to_the_reference(text, caplog):
     encoding = Encoding.parse(text)
     x = integers(24, 300, BF16)
-    encoded._log_once.cache_clear()
-    with caplog.at_level("INFO", "hadagraph.codegen.encoded"):
+    transforms.log_refusal.cache_clear()
+    with caplog.at_level("INFO", "hadagraph.codegen.transforms"):
         for _ in range(2):
-            got = encoded.encode(x, None, encoding, 1, 0, SM90)
+            got = encoded_on(SM90, x, None, text, 1, 0)
     expected = encode_reference(x, encoding, 1)
     assert torch.equal(got.codes.view(torch.uint8), expected.codes.view(torch.uint8))
     assert torch.equal(got.scale, expected.scale)
     assert len(caplog.records) == 1
     assert text in caplog.text
+
+
+@pytest.mark.parametrize("texts", [*PRODUCTS, (MXFP8, MXFP8)])
+def test_what_is_ready_keeps_no_operands(texts):
+    """It is kept for as long as the process lives."""
+    a, b = (operand(text, 32, 64, 0)[0] for text in texts)
+    x, seed, bias = integers(32, 64, BF16), seed_on("cpu"), torch.ones(32)
+    tensors = (*a.tensors, *b.tensors, bias)
+    rotation = ROTATIONS[3]
+    made = [
+        encoded.ready_encode(SM90, x, seed, texts[0], 1, 0),
+        encoded.ready_clip_mask(SM90, x, seed, texts[0], 1),
+        encoded.ready_decode(SM90, *a.tensors, texts[0], 1, 64, BF16),
+        encoded_mm.ready_encoded_mm((10, 0), *tensors, *texts, BF16),
+        transforms.ready_rotate(SM90, x, 0, rotation, seed),
+        transforms.ready_unrotate(SM90, x[::2, ::2], 0, rotation, 8, seed),
+    ]
+    kept = [weakref.ref(each) for each in (x, seed, *tensors)]
+    del a, b, x, seed, bias, tensors
+    assert not [each for each in kept if each() is not None]
+    assert all(map(callable, made))
+
+
+def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
+    """Of every operator that `transforms`, `encoded` and `encoded_mm` implement."""
+    x, seed = integers(32, 64, torch.float32), seed_on("cpu")
+    codes = ops.encode(x, None, TENSOR, 1, 0)
+    return [
+        (ops.rotate, (x, 0, "h16")),
+        (ops.rotate, (x, 1, ROTATIONS[3], seed)),
+        (ops.unrotate, (x, 0, "h16", 30)),
+        (ops.unrotate, (x, 1, ROTATIONS[3], 60, seed)),
+        (ops.project, (x, 0, 8, 16)),
+        (ops.unproject, (x, 1, 8, 16, 128)),
+        (ops.encode, (x, None, TENSOR, 1, 0)),
+        (ops.encode, (x, seed, STOCHASTIC, 0, STREAM)),
+        (ops.clip_mask, (x, None, SQUARE, 1)),
+        (ops.decode, (*codes, TENSOR, 1, 64, BF16)),
+        (ops.encoded_mm, (*codes, *codes, None, TENSOR, TENSOR, torch.float32)),
+        (ops.encoded_mm, (*codes, *codes, torch.ones(32), TENSOR, TENSOR, torch.float32)),
+    ]
+
+
+@interpreter
+def test_operators_run_what_is_ready(monkeypatch):
+    """The implementations for CUDA, of tensors on the CPU: twice, and made ready once."""
+    monkeypatch.setattr(transforms, "capability_of", lambda device: SM90)
+    monkeypatch.setattr(launch, "_READY", {})
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for count, (op, arguments) in enumerate(operator_calls(), 1):
+        for _ in range(2):
+            got = op.redispatch(cuda, *arguments)
+            torch.testing.assert_close(got, op(*arguments), rtol=1e-6, atol=1e-4)
+        assert len(launch._READY) == count
+    with pytest.raises(ValueError, match="needs a seed"):
+        ops.rotate.redispatch(cuda, torch.ones(32, 64), 0, ROTATIONS[3])
 
 
 @interpreter
@@ -187,10 +241,10 @@ def test_projections(projection):
 
 
 def test_rotations_that_kernels_refuse(caplog):
-    transforms._log_once.cache_clear()
+    transforms.log_refusal.cache_clear()
     x = normals(4, 300, torch.float32)
     with caplog.at_level("INFO", "hadagraph.codegen.transforms"):
-        got = transforms.ready_rotate(x, 1, "h256", None, SM90)(x, None)
+        got = transforms.ready_rotate(SM90, x, 1, "h256")(x)
     assert torch.equal(got, rotate_reference(x, 1, Rotation(256)))
     assert "h256" in caplog.text
 
@@ -204,19 +258,18 @@ def test_encoded_mm_of_nothing():
 @interpreter
 def test_a_mask_draws_no_rounding():
     x, encoding = integers(10, 64, BF16), Encoding.parse(STOCHASTIC)
-    mask = encoded.clip_mask(x, None, encoding, 1, SM90)
+    mask = encoded.ready_clip_mask(SM90, x, None, STOCHASTIC, 1)(x, None)
     assert torch.equal(mask, clip_mask_reference(x, encoding, 1, None))
-    assert encoded.ready_clip_mask(x, None, STOCHASTIC, 1, SM90)(x, None).equal(mask)
     with pytest.raises(ValueError, match="needs a seed"):
-        encoded.clip_mask(x, None, Encoding.parse(SIX), 1, SM90)
+        encoded.ready_clip_mask(SM90, x, None, SIX, 1)
 
 
 @interpreter
 def test_a_nan_group_makes_its_outputs_nan():
-    encoding = Encoding.parse("fp4_e2m1/block_contracted(32)/e8m0")
+    text = "fp4_e2m1/block_contracted(32)/e8m0"
     x = integers(10, 64, BF16)
     x[4, 40] = float("inf")
-    a = encoded.encode(x, None, encoding, 1, 0, SM90)
-    out = encoded.encoded_mm(a, a, None, encoding, encoding, torch.float32, SM90)
+    a = encoded_on(SM90, x, None, text, 1, 0)
+    out = multiplied_on(SM90, a, a, None, text, text, torch.float32)
     assert out[4].isnan().all() and out[:, 4].isnan().all()
     assert int(out.isnan().sum()) == 19

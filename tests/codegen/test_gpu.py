@@ -22,10 +22,7 @@ from hadagraph.codegen.choose_chains import ChainSchedule
 from hadagraph.formats import FORMATS, Encoding
 from hadagraph.rotation import Fixed, Rotation
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_allocations")]
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 FP8 = FORMATS["fp8_e4m3"].min_capability <= CAPABILITY
 NAMES = ["int8", "fp8_e4m3", "fp8_e5m2"] if FP8 else ["int8"]
@@ -40,16 +37,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def check(x: torch.Tensor, text: str, layouts: str, config: object = None, **bounds: object):
     check_quantizers(x, Encoding.parse(text), layouts, "cuda", CAPABILITY, config, **bounds)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations():
-    """Freed memory of the caching allocator holds 0x7F bytes: an element not written is seen."""
-    block = torch.full((1 << 24,), 0x7F, dtype=torch.uint8, device="cuda")
-    small = [torch.full((1 << 12,), 0x7F, dtype=torch.uint8, device="cuda") for _ in range(64)]
-    del block, small
-    yield
-    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("text", MAIN)

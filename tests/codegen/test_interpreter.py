@@ -6,12 +6,9 @@ in a process of its own.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from again import assert_passes_interpreted, interpreter, starts_interpreter
 from kernel_checks import (
     assert_quantized,
     assert_scaled_mm,
@@ -25,8 +22,6 @@ from hadagraph.codegen import launch, tune
 from hadagraph.codegen.choose import select_quantize, tma_addressable
 from hadagraph.formats import Encoding
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs under TRITON_INTERPRET=1")
 SM90 = (9, 0)
 LAYOUTS = ("rows", "columns", "both")
 TMA_CONFIG = next(c for c in tune.tiles_candidates(SM90) if c.write.descriptors)
@@ -36,13 +31,9 @@ H32, H16 = "int8/per_kept_index/h32", "int8/per_kept_index/h16"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+@starts_interpreter
 def test_interpreter_process():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout  # not all skipped
+    assert_passes_interpreted(__file__)
 
 
 def check(x: torch.Tensor, text: str, layouts: str, config: object = None, **bounds: object):

@@ -8,8 +8,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from hadagraph import backend
-from hadagraph.codegen import choose, launch, matrices, tune
+from hadagraph.codegen import calls, choose, launch, matrices, tune
 from hadagraph.codegen.choose_chains import select_chain, wanted_of
+from hadagraph.formats import Encoding
 from hadagraph.reference import scaled_mm_reference
 from hadagraph.region import Chain
 from hadagraph.rotation import Rotation
@@ -26,6 +27,24 @@ def test_codes_of_any_length_become_addressable(C, dtype):
         assert torch.equal(ready.view(torch.int8), codes.view(torch.int8))
         assert ready.stride(1) == 1 and ready.stride(0) % 16 == 0
         assert launch._addressable(ready) is ready
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("T", [1 << 20, 65535 * 128 + 1, 100_000_000])
+def test_grids_of_tall_matrices_stay_within_their_limit(monkeypatch, T, both):
+    """65535 programs along the second dim, which cover every token."""
+    made = []
+    monkeypatch.setattr(calls, "launch_of", lambda spec, grid, _: made.append((spec, grid)))
+    monkeypatch.setattr(calls, "matrix_on", lambda *_: None)
+    x = torch.empty(T, 256, dtype=torch.bfloat16, device="meta")
+    encoding = Encoding.parse("int8/per_kept_index/h64")
+    ones = tune.TilesConfig(tune.PassConfig(1, 8, 1), tune.PassConfig(1, 8, 1))
+    launch.quantizer(x, encoding if both else None, encoding, SM90, ones)
+    assert len(made) == 2
+    for spec, (stripes, programs) in made:
+        assert stripes == 2 and programs <= 65535
+        assert programs * spec.tiles * 128 >= T > (programs - 1) * spec.tiles * 128
+        assert spec.mask_rows or T % (spec.tiles * 128) == 0
 
 
 def test_a_contraction_of_any_length_is_multiplied(monkeypatch):

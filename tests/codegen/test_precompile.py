@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+from again import compiler
 from kernel_checks import CHAINS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,9 +31,7 @@ from hadagraph.codegen.listing import specs_for
 from hadagraph.codegen.store import kernel_module
 from hadagraph.region import Chain
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile"
-)
+pytestmark = compiler
 HOPPER, TARGET = (9, 0), GPUTarget("cuda", 90, 32)
 H128, H32, FP8 = "int8/per_kept_index/h128", "int8/per_kept_index/h32", "fp8_e4m3/per_tensor"
 

@@ -20,9 +20,9 @@ def column_amax_h32_bf16(
     K,
 ):
     k = tl.program_id(0) * 256 + tl.arange(0, 256)
-    t_first = tl.program_id(1) * 256
+    t_first = tl.program_id(1) * 512
     top0 = tl.zeros((256,), dtype=tl.float32)
-    for step in tl.range(0, 8):
+    for step in tl.range(0, 16):
         t = t_first + step * 32
         x_t_ptr = x_ptr + t.to(tl.int64) * 4096 + k
         y0_0 = tl.load(x_t_ptr).to(tl.float32)

@@ -50,14 +50,18 @@ def encode_fp4_e2m1_block_contracted_32_h64_e8m0_stochastic_three_quarters_bf16(
     x_ptrs = x_ptr + x_row + x_column.to(tl.int64) * x_stride
     x = tl.load(x_ptrs, mask=(x_row < R) & (x_column < C), other=0.0)
     seed = tl.load(seed_ptr)
-    index = (tl.arange(0, 64) % 64).to(tl.uint32)
-    none = index * 0
-    words, _, _, _ = tl.philox(seed, index, none, none + signs_stream.to(tl.uint32), none + 1)
-    sign_bits = ((words & 1) << 15).to(tl.int16)[None, :]
+    index = tl.arange(0, 64) % 64
+    word0, word1, word2, word3 = tl.philox(seed, 0, 0, signs_stream, 1)
+    words = word0
+    words = tl.where(index < 32, words, word1)
+    negative = (words >> (index % 32).to(tl.uint32)) & 1
+    sign_bits = (negative << 15).to(tl.int16)[None, :]
     x = (x.to(tl.int16, bitcast=True) ^ sign_bits).to(tl.bfloat16, bitcast=True)
     i = tl.arange(0, 64)
     matrix = tl.load(matrix_ptr + i[:, None] * 64 + i[None, :])  # [64, 64]
     y = tl.dot(x, matrix)  # [64, 64] fp32, not normalized
+    y = tl.reshape(y, (64, 8, 4, 2))
+    y = tl.reshape(tl.permute(y, (0, 2, 1, 3)), (64, 64))
     y = y * 0.125
     y = tl.reshape(y, (GROUPS, GROUP))
     group = tl.arange(0, GROUPS)
@@ -79,12 +83,14 @@ def encode_fp4_e2m1_block_contracted_32_h64_e8m0_stochastic_three_quarters_bf16(
     tl.store(scale_ptrs, scale_code, mask=(row < R) & (column < C_padded))
     y = y * 0.75
     value = y * inverse[:, None]
-    place = column[:, None] + tl.arange(0, GROUP)[None, :]
-    place = row.to(tl.int64)[:, None] * C_padded + place
+    place = (column // 4)[:, None] + tl.arange(0, GROUP // 4)[None, :]
+    place = row.to(tl.int64)[:, None] * (C_padded // 4) + place
     low = (place & 0xFFFFFFFF).to(tl.uint32)
     high = (place >> 32).to(tl.uint32)
-    none = low * 0
-    words, _, _, _ = tl.philox(seed, low, high, none + stream.to(tl.uint32), none + 0)
+    # were the kind no tensor, triton (3.6, 3.7) would move words through shared memory
+    word0, word1, word2, word3 = tl.philox(seed, low, high, stream, low * 0 + 0)
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))  # the last dims: 2, 2
+    words = tl.reshape(words, (GROUPS, GROUP))
     uniform = (words >> 8).to(tl.int32).to(tl.float32) * 5.960464477539063e-08
     magnitude = tl.minimum(tl.abs(value), 6.0)
     exponent = tl.maximum(magnitude.to(tl.int32, bitcast=True) >> 23, 127)

@@ -26,7 +26,7 @@ def quantize_columns_int8_h4_bf16(
     codes_stride,
 ):
     k = tl.program_id(0) * 128 + tl.arange(0, 128)
-    t_first = (tl.num_programs(1) - 1 - tl.program_id(1)) * 128
+    t_first = (tl.num_programs(1) - 1 - tl.program_id(1)) * 64
     bits = tl.load(amax_ptr + k)  # [128]
     finite = bits < 0x7F800000
     amax = tl.maximum(bits.to(tl.float32, bitcast=True), 7.888609052210118e-31)
@@ -36,7 +36,7 @@ def quantize_columns_int8_h4_bf16(
     kept = tl.where(finite, -1, 0)  # bits of the words of codes
     if tl.program_id(1) == 0:
         tl.store(scale_ptr + k, scale)
-    for step in tl.range(0, 4):
+    for step in tl.range(0, 2):
         t_chunk = t_first + step * 32
         t = t_chunk
         x_t_ptr = x_ptr + t.to(tl.int64) * 4096 + k

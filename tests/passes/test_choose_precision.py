@@ -93,7 +93,12 @@ def test_below_the_budget_everything_stays(large):
 
 def test_a_low_budget_takes_fp8_where_it_is_faster(large):
     graph, plan = large
-    chosen = choose_precision(graph, plan, H200, budget=15.0)
+    rate = H200.gemm("fp8")
+    fast = replace(rate, tflops=1.3 * rate.tflops, sustained=1.3 * rate.sustained)
+    profile = replace(H200, gemms=(H200.gemm("bf16"), H200.gemm("int8"), fast))
+    chosen = choose_precision(graph, plan, profile, budget=24.0)
+    assert encodings(chosen) == {"fp8_e4m3/per_kept_index"}
+    chosen = choose_precision(graph, plan, profile, budget=15.0)
     assert encodings(chosen) <= {
         "fp8_e4m3/per_kept_index", "fp8_e4m3/per_tensor", "fp8_e5m2/per_tensor",
         "int8/per_kept_index",
@@ -108,6 +113,19 @@ class Statistics:
 
     def site(self, name, role, lhs=None):
         return self if (name, role) == self.key else None
+
+
+def test_recipes_come_in_the_order_that_was_measured(large):
+    """bench/results/auto.json, 8B-shaped blocks: int8_rotated before fp8_rowwise before
+    fp8_tensorwise, by 2 % in all; so that `auto` at 24 dB takes none that loses to int8_rotated."""
+    graph, plan = large
+    us = {}
+    for recipe in ("int8_rotated", "fp8_rowwise", "fp8_tensorwise"):
+        fixed = plan_precision(graph, Config(recipe=recipe, keep=()), (9, 0))
+        us[recipe] = never_slower(graph, fixed, H200).predicted.all_us
+    assert us["int8_rotated"] < us["fp8_rowwise"] < us["fp8_tensorwise"]
+    chosen = never_slower(graph, choose_precision(graph, plan, H200, budget=24.0), H200)
+    assert chosen.predicted.us <= us["int8_rotated"]
 
 
 def test_a_calibration_decides_per_site(large, monkeypatch):
@@ -169,6 +187,30 @@ def test_block_scales_are_for_chips_that_have_them(large):
     assert any("fp4_e2m1/block" in text for text in encodings(chosen))
     _, here = large
     assert not {c.name for d in here.decisions for c in d.candidates} & {"mxfp8", "nvfp4", "mxfp4"}
+    anywhere = plan_precision(graph, Config(recipe="auto", keep=()), None)
+    assert not {c.name for d in anywhere.decisions for c in d.candidates} & {"mxfp8", "nvfp4"}
+
+
+def test_block_scales_run_where_they_were_planned_for():
+    """A device of a chip's capability has the candidates that a plan for the chip has."""
+    graph, planned_for = planned(layers=1, target="RTX 5090")
+    on_device = plan_precision(graph, Config(recipe="auto", keep=()), (12, 0))
+    assert on_device.decisions == planned_for.decisions
+    for decision in choose_precision(graph, on_device, CHIPS["RTX 5090"], budget=10.0).decisions:
+        assert not decision.lhs.emulated
+
+
+def test_mxfp8_is_chosen_where_it_alone_is_precise_enough(monkeypatch):
+    def measured(site, lhs, rhs):
+        return 26.0 if str(lhs) == "fp8_e4m3/block_contracted(32)/e8m0/ceil" else 15.0
+
+    monkeypatch.setattr(alternatives, "predicted_sqnr", measured)
+    graph, plan = planned(layers=1, target="B200")
+    statistics = Statistics("0.2", "output")
+    chosen = choose_precision(graph, plan, B200, budget=24.0, statistics=statistics)
+    by_site = {(d.site.name, d.site.role): d for d in chosen.decisions}
+    assert str(by_site["0.2", "output"].lhs.encoding) == "fp8_e4m3/block_contracted(32)/e8m0/ceil"
+    assert by_site["0.0", "output"].lhs.encoding.granularity.block is None
 
 
 def test_alike_layers_are_decided_alike():

@@ -86,6 +86,11 @@ def test_what_a_product_reads_keeps_8_bits():
     assert set(halves.saved().values()) >= {"int8"} and "uint8" not in halves.saved().values()
 
 
+def gated(step):
+    """One product that silu's backward and a function with steps read."""
+    return lambda x, w: F.silu(y := x @ w) * step(y).to(y.dtype).detach()
+
+
 def checkpointed(graph):
     for node in graph.nodes:
         if "mm" in node.name:
@@ -103,12 +108,31 @@ def checkpointed(graph):
         (lambda x, w: (x @ w).softmax(-1), matrices(), None),
         (lambda x, w: F.cross_entropy(x @ w, torch.arange(T)), matrices(), None),
         (lambda x, w: (x @ w).amax(0).sin(), matrices(), None),
+        (gated(lambda y: y - y.floor()), matrices(), None),
+        (gated(lambda y: y.remainder(1.0)), matrices(), None),
+        (gated(lambda y: y // 1.0), matrices(), None),
+        (gated(lambda y: y.logical_not()), matrices(), None),
+        (gated(torch.tan), matrices(), None),
+        (gated(lambda y: y.int()), matrices(), None),
+        (gated(lambda y: y.bool()), matrices(), None),
+        (lambda x, w: torch.lgamma(x @ w), matrices(dtype=torch.float32), None),
         (swish, matrices(dtype=torch.float64), None),
         (swish, matrices(), checkpointed),
     ],
     ids=[
         *("input", "output", "view", "small", "mask", "softmax", "cross_entropy", "amax"),
-        *("fp64", "checkpointed"),
+        *(
+            "floor",
+            "remainder",
+            "floor_divide",
+            "logical_not",
+            "tan",
+            "int",
+            "bool",
+            "lgamma",
+            "fp64",
+            "checkpointed",
+        ),
     ],
 )
 def test_what_is_left_alone(function, inputs, edit):
@@ -131,6 +155,26 @@ def test_attention_keeps_its_operands_unless_memory_is_min(memory):
     statistics = [n for n, dtype in halves.saved().items() if dtype == "float32"]
     assert len(statistics) == 1  # the log-sum-exp
     assert "uint8" not in halves.saved().values()
+
+
+def test_a_mask_of_attention_is_no_operand_of_its():
+    """Also where it has as many columns as a head."""
+
+    def masked(x, w):
+        q, k, v = (x @ w * 0.1).view(1, T, 2, 3, T).permute(3, 0, 2, 1, 4).unbind(0)
+        mask = torch.zeros(1, 1, T, T).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+        mask = mask + torch.rand(1, 1, T, T)  # drawn: kept, not computed again
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    halves = Halves(masked, *matrices((T, K), (K, 6 * T), dtype=torch.float32), memory="min")
+    if not any("attention" in n.name for n in halves.backward.graph.nodes):
+        pytest.skip("no fused attention here")
+    assert halves.names
+    torch.manual_seed(0)
+    _, exact = halves.run(*halves.before)
+    torch.manual_seed(0)
+    _, gradients = halves.run()
+    assert min(decibels(h, w) for h, w in zip(gradients, exact, strict=True)) > 25
 
 
 def test_views_that_cover_their_base_are_saved_as_the_base():
@@ -157,15 +201,24 @@ def test_one_view_of_a_base_is_packed_alone():
     assert tensor(node).shape == (T, 64)
 
 
-def test_tensors_without_a_version_check_stay_behind_the_others():
+@pytest.mark.parametrize(
+    ("function", "unchecked", "count"),
+    [
+        (lambda x, w: F.silu((x + 1) @ w), ("mm",), 2),
+        (lambda x, w: F.silu(x.cumsum(0) @ w), ("mm", "permute", "permute_1"), 5),
+    ],
+    ids=["packed", "base"],
+)
+def test_tensors_without_a_version_check_stay_behind_the_others(function, unchecked, count):
     def edit(graph):
-        (node,) = [n for n in graph.nodes if n.name == "mm"]
-        node.meta["saved_tensor_with_no_vc_check"] = True
+        for node in graph.nodes:
+            if node.name in unchecked:
+                node.meta["saved_tensor_with_no_vc_check"] = True
 
-    halves = Halves(lambda x, w: F.silu((x + 1) @ w), *matrices(), edit=edit)
+    halves = Halves(function, *matrices(), edit=edit)
     returned = halves.forward.graph.output_node().args[0][halves.outputs :]
-    unchecked = [n.meta.get("saved_tensor_with_no_vc_check", False) for n in returned]
-    assert sum(unchecked) == 2 and unchecked == sorted(unchecked)
+    flags = [n.meta.get("saved_tensor_with_no_vc_check", False) for n in returned]
+    assert sum(flags) == count and flags == sorted(flags)
     described = halves.forward.graph.output_node().meta["desc"]
     assert len(described) == halves.outputs + len(returned)
 
