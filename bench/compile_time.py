@@ -32,7 +32,8 @@ from rich.table import Table
 from step import Step, activations
 from variants import BASELINE, variants
 
-DEFAULT_VARIANTS = (BASELINE, "hadagraph int8_rotated")
+# So narrow a model would stay bf16.
+DEFAULT_VARIANTS = (BASELINE, "hadagraph int8_rotated_always")
 STATES = ("cold", "warm")
 
 
@@ -92,7 +93,17 @@ def fresh_process(name: str, cache: Path, args: argparse.Namespace, layers: int)
     command += ["--layers", str(layers)]
     for option in ("width", "hidden", "heads", "kv_heads", "batch", "sequence"):
         command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+            timeout=args.limit,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"more than {args.limit:g} s"}
     if done.returncode:
         return {"error": done.stderr[-1000:]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -183,6 +194,7 @@ def main() -> None:
     add("--batch", type=int, default=4)
     add("--sequence", type=int, default=2048)
     add("--rounds", type=int, default=1, help="each from empty caches")
+    add("--limit", type=float, default=300, help="seconds a process (%(default)s)")
     names = list(variants())
     add(
         "--variants",

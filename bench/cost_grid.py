@@ -1,8 +1,8 @@
 """Times the GEMMs of many Linears in bf16, int8 and fp8, and the quantizers of their operands: the
 measured points that hadagraph's cost model is fitted to and tested against.
 
-    python bench/cost_grid.py --out bench/results/cost_grid.json [--quick]
-    python bench/cost_grid.py --fit bench/results/cost_grid.json   # rows for hadagraph/device.py
+    python bench/cost_grid.py --out FILE [--quick]
+    python bench/cost_grid.py --fit FILE   # rows for hadagraph/device.py
 """
 
 from __future__ import annotations
@@ -328,10 +328,8 @@ def points(
     ]
     quantizers = []
     for row in record["quantizers"]:
-        layouts, kind, *weight = row["kernel"].split()
-        if not weight:
-            point = fitting.QuantizerPoint(layouts, kind, row["T"], row["K"], row["us"])
-            quantizers.append(point)
+        layouts, kind, *_ = row["kernel"].split()  # one rate for all blocks of a rotation
+        quantizers.append(fitting.QuantizerPoint(layouts, kind, row["T"], row["K"], row["us"]))
     return gemms, quantizers
 
 
@@ -349,27 +347,41 @@ def fitted(record: Row) -> DeviceProfile:
     )
     held = {row["kernel"]: row["tflops"] for row in record.get("sustained", ())}
     rates = [replace(r, sustained=held.get(r.format, r.sustained)) for r in prior.gemms]
-    return fitting.fit(replace(prior, gemms=tuple(rates)), *points(record))
+    prior = replace(prior, gemms=tuple(rates))
+    return fitting.fit(prior, *points(record), steady=record.get("steady", False))
 
 
-def print_fit(record: Row, console: Console) -> None:
-    """The fitted rows, each with its mean error, as `hadagraph/device.py` holds them."""
+def as_measured(profile: DeviceProfile, record: Row) -> DeviceProfile:
+    """The profile for what the record's points are: short bursts, unless it says `steady`, which
+    the power limit does not reach."""
+    if record.get("steady", False):
+        return profile
+    rates = tuple(replace(rate, sustained=math.inf) for rate in profile.gemms)
+    return replace(profile, gemms=rates)
+
+
+def print_fit(record: Row, console: Console) -> DeviceProfile:
+    """The fitted rows, each with its mean error, as `hadagraph/device.py` holds them; the profile
+    that they are of."""
     profile, (gemms, quantizers) = fitted(record), points(record)
-    burst = replace(profile, gemms=tuple(replace(r, sustained=math.inf) for r in profile.gemms))
+    measured_as = as_measured(profile, record)
     for rate in profile.gemms:
         ratios = [
-            gemm_us(burst, p.M, p.N, p.C, p.format) / p.us for p in gemms if p.format == rate.format
+            gemm_us(measured_as, p.M, p.N, p.C, p.format) / p.us
+            for p in gemms
+            if p.format == rate.format
         ]
-        console.print(rounded(rate), f" # {off(ratios)}")
+        console.print(rounded(rate), f" # {off(ratios)}", soft_wrap=True)
     for each in profile.quantizers:
         ratios = [
             quantizer_us(profile, p.T, p.K, p.layouts, p.kind) / p.us
             for p in quantizers
             if (p.layouts, p.kind) == (each.layouts, each.kind)
         ]
-        console.print(rounded(each), f" # {off(ratios)}")
+        console.print(rounded(each), f" # {off(ratios)}", soft_wrap=True)
     console.print(rounded(profile.host))
     console.print(f"copy_bytes_per_us={profile.copy_bytes_per_us:.4g}")
+    return profile
 
 
 def rounded(row: Any) -> str:
@@ -378,6 +390,8 @@ def rounded(row: Any) -> str:
 
 
 def off(ratios: list[float]) -> str:
+    if not ratios:
+        return "not measured"
     errors = sorted(abs(math.log(ratio)) for ratio in ratios)
     return f"off by {statistics.mean(errors):.1%} in the mean, {errors[-1]:.0%} at worst"
 

@@ -71,7 +71,7 @@ class Point:
 
 def decoded(x: torch.Tensor, encoding: Encoding) -> torch.Tensor:
     """x [kept, contracted] as its codes have it: fp32, in the rotated basis."""
-    seed = torch.tensor([x.shape[0]]) if encoding.needs_seed else None
+    seed = torch.tensor([x.shape[0]], device=x.device) if encoding.needs_seed else None
     made = encode_reference(x, encoding, 1, seed)
     return block_values(made, encoding).float() * epilogue_scale(made, encoding)[:, None]
 

@@ -1,16 +1,19 @@
 """Kernels of a profiler's trace: each one's kind by name, its time and count, and, where the
-operator that launched it tells its operands' shapes, its FLOPs and bytes. Runs nothing.
+operator that launched it tells its operands' shapes, its FLOPs and bytes. Runs no kernel.
 
 T rows and K columns of a quantizer's input; M, N kept dims and C contracted dim of a GEMM.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # First match wins. Inductor names its kernels after the operators in them, so that its rows come
@@ -96,6 +99,14 @@ class KernelTime:
     @property
     def us_each(self) -> float:
         return self.us / self.count
+
+
+def recorded(profiler: Any, steps: int) -> list[KernelTime]:
+    """The device's work in what a `torch.profiler.profile` has seen of `steps` alike steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return kernel_times(json.loads(path.read_text())["traceEvents"], steps)
 
 
 def kernel_times(events: Iterable[dict[str, Any]], steps: int) -> list[KernelTime]:

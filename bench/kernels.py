@@ -8,7 +8,6 @@ GEMMs against cuBLAS bf16, torch._scaled_mm and torch._int_mm; what an operator 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from unittest import mock
 
 import torch
 import triton
+from record import save
 
 from hadagraph import ops
 from hadagraph.codegen import direct, launch, tune
@@ -306,8 +306,9 @@ def tune_rows(bandwidth: float, repeats: int) -> list[Row]:
 
 
 def tried_quantizer(
-    T: int, K: int, name: str, layouts: str, bandwidth: float, repeats: int, config: object
+    T: int, K: int, name: str, layouts: str, bandwidth: float, repeats: int, config: object = None
 ) -> Row:
+    """`time_quantizer`, or why it does not run."""
     try:
         return time_quantizer(K, ENCODINGS[name], layouts, bandwidth, repeats, config, T)
     except LAUNCH_ERRORS as error:
@@ -354,38 +355,45 @@ def main() -> None:
     repeats = 5 if options.quick else 15
     launch.prepare("cuda")
     bandwidth = copy_bandwidth(repeats)
-    widths = QUANTIZER_K[1:2] if options.quick else QUANTIZER_K
-    quantizers = [
-        time_quantizer(K, texts, layouts, bandwidth, repeats)
-        for texts in ENCODINGS.values()
-        for layouts in LAYOUTS
-        for K in widths
-    ]
-    quantizers += [
-        time_quantizer(K, texts, layouts, bandwidth, repeats, T=SMALL_T)
-        for texts in list(ENCODINGS.values())[:2]
-        for layouts in LAYOUTS
-        for K in SMALL_K
-    ]
-    gemms = gemm_rows((*GEMM_SHAPES[: 2 if options.quick else None], *SMALL_GEMMS), repeats)
-    host = host_microseconds()
     record: Row = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "copy_bytes_per_s": bandwidth,
-        "quantizers": quantizers,
-        "gemms": gemms,
-        "host": host,
     }
+
+    def done(part: str, rows: list[Row]) -> list[Row]:
+        """Keep what there is: a later part may be cut short."""
+        record[part] = rows
+        record["seconds"] = time.time() - began
+        save(record, options.out)
+        return rows
+
+    widths = QUANTIZER_K[1:2] if options.quick else QUANTIZER_K
+    quantizers = [
+        tried_quantizer(QUANTIZER_T, K, name, layouts, bandwidth, repeats)
+        for name in ENCODINGS
+        for layouts in LAYOUTS
+        for K in widths
+    ]
+    quantizers += [
+        tried_quantizer(SMALL_T, K, name, layouts, bandwidth, repeats)
+        for name in list(ENCODINGS)[:2]
+        for layouts in LAYOUTS
+        for K in SMALL_K
+    ]
+    done("quantizers", quantizers)
+    gemms = done(
+        "gemms", gemm_rows((*GEMM_SHAPES[: 2 if options.quick else None], *SMALL_GEMMS), repeats)
+    )
+    host = done("host", host_microseconds())
     shares = ("of_copy_minimal", "of_copy_scheme")
     show("quantizers", quantizers, ("encoding", "layouts", "T", "K", "ms", *shares))
     show("GEMM", gemms, ("M", "N", "C", "kernel", "ms", "tflops"))
     show("host time of an operator call", host, ("operator", "host_us", "through_triton_us"))
     if options.tune:
-        record["tune"] = tune_rows(bandwidth, 5)
-        best = winners(record["tune"])
+        best = winners(done("tune", tune_rows(bandwidth, 5)))
         quantizer_best = [row for row in best if "layouts" in row]
         gemm_best = [row for row in best if "dtype" in row]
         columns = ("encoding", "layouts", "T", "K", "ms", "of_copy_scheme", "config")
@@ -393,10 +401,6 @@ def main() -> None:
         show("fastest GEMMs", gemm_best, ("dtype", "M", "N", "C", "ms", "tflops", "config"))
         failed = [row for row in record["tune"] if "error" in row]
         show("failed", failed, ("encoding", "layouts", "dtype", "K", "M", "config", "error"))
-    record["seconds"] = time.time() - began
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     print(f"{record['device']}, {versions}, copy {bandwidth / 1e12:.2f} TB/s, ", end="")
     print(f"{record['seconds']:.0f} s")

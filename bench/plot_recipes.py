@@ -32,7 +32,7 @@ OURSELVES = ("int8_rotated", "auto")
 
 def colour(row: Row) -> str:
     """Ours, within the allowed gap, or beyond it."""
-    if row.recipe in OURSELVES:
+    if row.recipe.split()[0] in OURSELVES:
         return OURS
     return OTHERS if row.gap is not None and row.gap <= ALLOWED_GAP else FAR
 

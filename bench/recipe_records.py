@@ -7,6 +7,7 @@ import json
 import math
 import os
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,9 @@ class Row:
 
     gaps: by seed, shares of the baseline's improvement. difference: mean end minus the baseline's.
     spread: the baseline's range of ends over its seeds. ms, ms_baseline: medians of steps measured
-    with the GPU to itself. sqnr: role -> (median, worst, worst site).
+    with the GPU to itself; device_ms, device_ms_baseline: their kernels alone. sqnr: role ->
+    (median, worst, worst site). worst_linears: role -> which Linears, by the last name of their
+    path, are commonest in the worst tenth of the sites, how many of them, and of how many.
     """
 
     workload: str
@@ -138,6 +141,8 @@ class Row:
     baseline_same_call: bool
     ms: float | None
     ms_baseline: float | None
+    device_ms: float | None
+    device_ms_baseline: float | None
     compile_s: float | None
     calibration_s: float | None
     saved_bytes: int | None
@@ -147,6 +152,7 @@ class Row:
     gemms: int | None
     emulated: int | None
     sqnr: dict[str, tuple[float, float, str]]
+    worst_linears: dict[str, tuple[str, int, int]]
     note: str
 
     @property
@@ -163,6 +169,17 @@ class Row:
         if self.gap is None or self.difference is None or not self.spread or len(self.gaps) < 2:
             return None
         return self.gap <= ALLOWED_GAP and self.difference <= self.spread
+
+    @property
+    def missed(self) -> bool:
+        """Whether it is no parity, or its one seed is already further off than parity allows."""
+        beyond = self.gap is not None and self.gap > ALLOWED_GAP
+        return self.recipe != BASELINE and (self.parity is False or beyond)
+
+    @property
+    def weakest(self) -> str | None:
+        """The role whose matmuls have the lowest median SQNR; None where none was measured."""
+        return min(self.sqnr, key=lambda role: self.sqnr[role][0], default=None)
 
 
 def rows(records: list[Record], workload: str) -> list[Row]:
@@ -185,7 +202,8 @@ def _row(records: list[Record], workload: str, recipe: str) -> Row:
     paired = [(r, b) for r, b in pairs if b is not None and b["end"] is not None]
     ends = [b["end"] for _, b in paired]
     gaps = {r["seed"]: gap_share(r, b) for r, b in paired}
-    ms, ms_baseline = _alone(ours, records)
+    times = _alone(ours, records)
+    levels = _levels([r for r in ours if r["kind"] == SQNR])
     return Row(
         workload=workload,
         recipe=recipe,
@@ -195,8 +213,10 @@ def _row(records: list[Record], workload: str, recipe: str) -> Row:
         difference=_mean([r["end"] - b["end"] for r, b in paired]),
         spread=max(ends) - min(ends) if len(ends) > 1 else None,
         baseline_same_call=all(r["call"] == b["call"] for r, b in paired),
-        ms=ms,
-        ms_baseline=ms_baseline,
+        ms=times[0],
+        ms_baseline=times[1],
+        device_ms=times[2],
+        device_ms_baseline=times[3],
         compile_s=_first(trained, "compile_s"),
         calibration_s=_first(trained, "calibration_s"),
         saved_bytes=_first(trained, "saved_bytes"),
@@ -207,7 +227,8 @@ def _row(records: list[Record], workload: str, recipe: str) -> Row:
         lowered=_first(trained, "lowered"),
         gemms=_first(trained, "gemms"),
         emulated=_first(trained, "emulated"),
-        sqnr=_sqnr([r for r in ours if r["kind"] == SQNR]),
+        sqnr={role: _summary(sites) for role, sites in levels.items()},
+        worst_linears={role: _worst_linears(sites) for role, sites in levels.items()},
         note="; ".join(dict.fromkeys(_note(r) for r in trained if r["status"] != FINISHED)),
     )
 
@@ -225,12 +246,12 @@ def _note(record: Record) -> str:
     return f"{FAILED}: {record['error']}"
 
 
-def _alone(ours: list[Record], records: list[Record]) -> tuple[float | None, float | None]:
+def _alone(ours: list[Record], records: list[Record]) -> tuple[float | None, ...]:
     """Milliseconds a step of the recipe and of the baseline in the same call, on the same GPU where
-    both were measured there, each with the GPU to itself."""
+    both were measured there, each with the GPU to itself; then those of their kernels alone."""
     timed = [r for r in ours if r.get("alone_ms")]
     if not timed:
-        return None, None
+        return (None,) * 4
     latest = max(timed, key=lambda r: (r["kind"] == TIME, r["call"]))
     call = [
         r
@@ -238,22 +259,32 @@ def _alone(ours: list[Record], records: list[Record]) -> tuple[float | None, flo
         if r["recipe"] == BASELINE and r.get("alone_ms") and r["call"] == latest["call"]
     ]
     beside = [r for r in call if r["gpu"] == latest["gpu"]] or call
+    beside = [r for r in beside if r["kind"] == latest["kind"]] or beside
     baseline = [statistics.median(r["alone_ms"]) for r in beside]
-    return statistics.median(latest["alone_ms"]), _mean(baseline)
+    on_device = latest.get("device_ms"), _mean([r.get("device_ms") for r in beside])
+    return statistics.median(latest["alone_ms"]), _mean(baseline), *on_device
 
 
-def _sqnr(records: list[Record]) -> dict[str, tuple[float, float, str]]:
+def _levels(records: list[Record]) -> dict[str, dict[str, float]]:
+    """Role -> site -> dB of the latest measurement, roles without a lowered matmul left out."""
     measured = [r for r in records if r["status"] == FINISHED]
-    if not measured:
-        return {}
-    levels = max(measured, key=lambda r: r["call"])["sqnr_db"]
-    found = {}
-    for role, sites in levels.items():
-        known = {site: level for site, level in sites.items() if level is not None}
-        if known:
-            worst = min(known, key=known.__getitem__)
-            found[role] = (statistics.median(known.values()), known[worst], worst)
-    return found
+    latest = max(measured, key=lambda r: r["call"])["sqnr_db"] if measured else {}
+    known = {
+        role: {site: level for site, level in sites.items() if level is not None}
+        for role, sites in latest.items()
+    }
+    return {role: sites for role, sites in known.items() if sites}
+
+
+def _summary(levels: dict[str, float]) -> tuple[float, float, str]:
+    worst = min(levels, key=levels.__getitem__)
+    return statistics.median(levels.values()), levels[worst], worst
+
+
+def _worst_linears(levels: dict[str, float]) -> tuple[str, int, int]:
+    worst = sorted(levels, key=levels.__getitem__)[: max(1, len(levels) // 10)]
+    name, count = Counter(site.rpartition(".")[2] for site in worst).most_common(1)[0]
+    return name, count, len(worst)
 
 
 def _mean(values: list[Any]) -> float | None:

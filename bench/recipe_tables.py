@@ -10,10 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe_records import BASELINE, FINE_TUNING, FROM_SCRATCH, WORKLOADS, Record, Row, rows
+from recipe_records import (
+    BASELINE,
+    CONTROL,
+    FINE_TUNING,
+    FROM_SCRATCH,
+    WORKLOADS,
+    Record,
+    Row,
+    rows,
+)
 from rich.console import Console
 from rich.table import Table
 from saved_memory import share_of
+
+import hadagraph
 
 BEGIN = "<!-- results: written by bench/recipe_tables.py -->"
 END = "<!-- end of results -->"
@@ -45,15 +56,15 @@ def _gap(row: Row) -> str:
 
 
 def _parity(row: Row) -> str:
-    if row.recipe == BASELINE or row.parity is None:
+    if row.recipe == BASELINE or (row.parity is None and not row.missed):
         return NOTHING
-    return "yes" if row.parity else "no"
+    return "yes" if row.parity else "no" if row.parity is False else "no, by one seed"
 
 
-def _time(row: Row) -> str:
-    if row.ms is None or row.ms_baseline is None:
-        return _number(row.ms, ".1f")
-    return f"{row.ms:.1f} ({row.ms_baseline / row.ms:.2f}x)"
+def _time(ms: float | None, baseline: float | None) -> str:
+    if ms is None or baseline is None:
+        return _number(ms, ".1f")
+    return f"{ms:.1f} ({baseline / ms:.2f}x)"
 
 
 def _saved(row: Row) -> str:
@@ -85,7 +96,8 @@ COLUMNS = (
     Column("gap, % of the improvement", _gap),
     Column("seeds", lambda row: str(len(row.gaps))),
     Column("parity", _parity),
-    Column("ms a step (speedup)", _time),
+    Column("ms a step (speedup)", lambda row: _time(row.ms, row.ms_baseline)),
+    Column("device ms (speedup)", lambda row: _time(row.device_ms, row.device_ms_baseline)),
     Column("saved MiB (of bf16)", _saved),
     Column("peak GiB", lambda row: _number(row.peak_bytes, ".1f", 2**-30)),
     Column("compile s", lambda row: _number(row.compile_s, ".0f")),
@@ -95,6 +107,7 @@ ERRORS = (
     Column("recipe", lambda row: f"`{row.recipe}`"),
     *(Column(role, _levels(role)) for role in ROLES),
     Column("worst site", lambda row: _worst_site(row)),
+    Column("parity is missed: weakest", lambda row: _weakest(row)),
 )
 
 
@@ -103,6 +116,32 @@ def _worst_site(row: Row) -> str:
         return NOTHING
     role = min(row.sqnr, key=lambda name: row.sqnr[name][1])
     return f"{row.sqnr[role][2]}, {role}"
+
+
+def _weakest(row: Row) -> str:
+    """Of who misses parity: the role with the lowest median, and the Linears that are worst."""
+    if not row.missed or row.weakest is None:
+        return NOTHING
+    linears, count, of = row.worst_linears[row.weakest]
+    return f"{row.weakest}, most of all {linears} ({count} of the {of} worst)"
+
+
+def _limits(found: list[Row]) -> str:
+    """Which SQNR divides those that keep parity from those that miss it, in each one's weakest
+    role; nothing where one of the two was not measured."""
+
+    def weakest(row: Row) -> float:
+        return row.sqnr[row.weakest][0] if row.weakest is not None else float("nan")
+
+    kept = min((r for r in found if r.parity and r.sqnr), key=weakest, default=None)
+    missed = max((r for r in found if r.missed and r.sqnr), key=weakest, default=None)
+    if kept is None or missed is None:
+        return ""
+    return (
+        f"By the median of its weakest role, the least precise recipe that keeps parity is "
+        f"`{kept.recipe}` ({weakest(kept):.1f} dB, {kept.weakest}); the most precise one that "
+        f"misses it is `{missed.recipe}` ({weakest(missed):.1f} dB, {missed.weakest})."
+    )
 
 
 def print_tables(records: list[Record]) -> None:
@@ -136,10 +175,17 @@ def markdown(records: list[Record]) -> str:
         ours = [r for r in records if r["workload"] == workload]
         title, picture = titles[workload]
         parts.append(f"### {title}\n\n{_what_ran(ours)}\n\n![{title}]({picture})")
-        parts.append(_table(COLUMNS, found))
+        parts.append(_table(COLUMNS, [row for row in found if _was_run(row)]))
         notes = [f"- `{row.recipe}`: {row.note}" for row in found if row.note]
         if notes:
             parts.append("\n".join(notes))
+        if workload == FINE_TUNING and (absent := _not_run(found)):
+            parts.append(f"Not run: {absent}.")
+        if any(row.device_ms is not None for row in found):
+            parts.append(
+                "*ms a step*: wall time with the GPU to one process; *device ms*: the durations of "
+                "its kernels by the profiler. Where the first is longer, the host bounds the step."
+            )
         if not all(row.baseline_same_call for row in found):
             parts.append("[1] against the baseline of another call on the same kind of GPU.")
         measured = [row for row in found if row.sqnr]
@@ -148,7 +194,21 @@ def markdown(records: list[Record]) -> str:
                 "SQNR in dB of each GEMM at the first step, median / worst over the layers:\n\n"
                 + _table(ERRORS, measured)
             )
+            if limits := _limits(found):
+                parts.append(limits)
     return "\n\n".join(parts) + "\n"
+
+
+def _was_run(row: Row) -> bool:
+    """Whether it was trained or timed: not only its errors measured."""
+    return row.end is not None or row.ms is not None or bool(row.note)
+
+
+def _not_run(found: list[Row]) -> str:
+    """The recipes of hadagraph's table, and the control, that no run of these tried."""
+    tried = {row.recipe for row in found if _was_run(row)}
+    absent = [name for name in (*hadagraph.RECIPES, CONTROL) if name not in tried]
+    return ", ".join(f"`{name}`" for name in absent)
 
 
 def memory_markdown(content: dict[str, Any]) -> str:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fine_tuning import add_noise
+from fine_tuning import add_noise, named_option
 from from_scratch import Size, build, stream
 from gpu_turns import Turns
+from kernel_trace import recorded
 from recipe_records import (
     BASELINE,
     CONTROL,
@@ -32,6 +33,7 @@ from recipe_records import (
     Record,
 )
 from record import device_name, versions
+from torch.profiler import ProfilerActivity, profile
 
 import hadagraph
 
@@ -44,6 +46,7 @@ from finetuning.training import WARM_UP_STEPS, RunResult, Settings, train
 
 TIMED_STEPS, FEWEST_TIMED = 20, 5
 TIMED_S = 5.0  # others wait meanwhile
+PROFILED_STEPS = 2
 TRIED_STEPS = 12  # before a run that would take too long is given up
 CALIBRATION_BATCHES = 4
 CALIBRATED = ("auto",)  # besides the recipes that select rules by a profile
@@ -112,8 +115,9 @@ def load_prepared(workload: Workload, cache: Path) -> Prepared:
 
 
 class Worker:
-    """Runs of one recipe of one workload, whose records go to `save` as each run ends. A run whose
-    steps would take more than `limit_s` together ends the process."""
+    """Runs of one recipe of one workload, whose records go to `save` as each run ends. Words behind
+    the recipe's name, `NAME=VALUE` each, are options of hadagraph. A run whose steps would take
+    more than `limit_s` together ends the process."""
 
     def __init__(
         self,
@@ -163,13 +167,15 @@ class Worker:
     # ------------------------------------------------------------------ compiling
 
     def _options(self, prepared: Prepared) -> dict[str, Any]:
+        name, *given = self.recipe.split()
         options = {
-            "recipe": self.recipe,
+            "recipe": name,
             "never_slower": not self.workload.settings["lower"],
             **self.workload.settings["options"],
+            **dict(map(named_option, given)),
         }
-        selects = getattr(hadagraph.RECIPES.get(self.recipe), "select", "")
-        if (selects or self.recipe in CALIBRATED) and "profile" not in options:
+        selects = getattr(hadagraph.RECIPES.get(name), "select", "")
+        if (selects or name in CALIBRATED) and "profile" not in options:
             options["profile"] = self._calibrate(prepared)
         return options
 
@@ -280,20 +286,21 @@ class Worker:
         }
 
     def _alone(self, compiled: torch.nn.Module, plain: torch.nn.Module, corpus: Corpus) -> Record:
-        """Milliseconds of each of a few steps, with the GPU to this process."""
+        """Milliseconds of each of a few steps with the GPU to this process, and of the kernels of
+        one step by the profiler."""
 
-        def steps(count: int) -> tuple[float, ...]:
+        def steps(count: int, on_step: Callable[[int, float], None]) -> tuple[float, ...]:
             short = {"steps": count, "held_out_windows": 1, "evaluate_every": 0}
             settings = dataclasses.replace(self.workload.training, **short)
-            return train(
-                self.recipe, compiled, plain, corpus, settings, lambda *_: None, False
-            ).step_s
+            return train(self.recipe, compiled, plain, corpus, settings, on_step, False).step_s
 
-        pace = steps(WARM_UP_STEPS + 1)[-1]  # compiled, if it was not yet
+        pace = steps(WARM_UP_STEPS + 1, lambda *_: None)[-1]  # compiled, if it was not yet
         timed = min(TIMED_STEPS, max(FEWEST_TIMED, round(TIMED_S / pace)))
+        first = WARM_UP_STEPS + timed
+        profiler = DeviceTime(first, PROFILED_STEPS)
         with self.turns.alone():
-            taken = steps(WARM_UP_STEPS + timed)[WARM_UP_STEPS:]
-        return {"alone_ms": [round(1e3 * seconds, 3) for seconds in taken]}
+            taken = steps(first + PROFILED_STEPS, profiler.on_step)[WARM_UP_STEPS:first]
+        return {"alone_ms": [round(1e3 * seconds, 3) for seconds in taken]} | profiler.found()
 
     # ------------------------------------------------------------------ errors
 
@@ -319,6 +326,36 @@ class Worker:
             yield
         finally:
             self.turns.leave()
+
+
+class DeviceTime:
+    """The device's milliseconds a step, over `count` steps of a training loop after its first
+    `first`: the kernels' own durations, whatever the host does meanwhile."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self.first, self.count = first, count
+        self._profiler: Any = None
+
+    def on_step(self, step: int, loss: float) -> None:
+        """Called after each step, counted from 1, before anything else runs on the device."""
+        if not torch.cuda.is_available():
+            return
+        if step == self.first:
+            self._profiler = profile(activities=[ProfilerActivity.CUDA])
+            self._profiler.start()
+        elif step == self.first + self.count:
+            torch.cuda.synchronize()
+            self._profiler.stop()
+
+    def found(self) -> Record:
+        """The time and the launches of a step; nothing without a GPU."""
+        if self._profiler is None:
+            return {}
+        kernels = recorded(self._profiler, self.count)
+        return {
+            "device_ms": round(sum(row.us for row in kernels) / 1e3, 3),
+            "launches": round(sum(row.count for row in kernels)),
+        }
 
 
 def _figures(result: RunResult, first: bool) -> Record:

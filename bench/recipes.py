@@ -3,13 +3,14 @@ of them, and a Llama of 30 M parameters trained from scratch on the same text wi
 Inductor in bf16 in every call.
 
     python bench/recipes.py --gpus 4 --parallel 12 --seconds 500 --out bench/results/recipes.json
-    python bench/recipes.py --folder runs --time-only --gpus 4
+    python bench/recipes.py --folder runs --time-only --gpus 4 --parallel 8
     python bench/recipes.py --merge runs --out bench/results/recipes.json
 
 Each run leaves a file in `--folder` as it ends; a call does what is not there yet, files that were
 merged by earlier calls included, the most important first. Errors and divergence of one recipe are
 results. Held-out losses are those of the plain model in bf16 with the weights that were trained.
-Times are taken with the other processes of the same GPU at rest.
+Times are taken with the other processes of the same GPU at rest; device times are those of the
+kernels alone.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from recipe_records import (
 )
 from recipe_tables import print_tables
 from recipe_training import CALIBRATED, Worker, Workload, prepare
-from record import save
+from record import save, shard_of
 
 import hadagraph
 
@@ -60,6 +61,8 @@ from finetuning.model import find_model
 from finetuning.training import Settings
 
 CLAIM_PARITY = (BASELINE, "int8_rotated", "auto", "fp8_rowwise", "mxfp8")
+WITH_OPTIONS = ("int8_rotated memory=balanced", "int8_rotated memory=min")
+THRICE = (*CLAIM_PARITY, *WITH_OPTIONS, CONTROL)  # seeds: these claim parity, or must miss it
 FROM_SCRATCH_RECIPES = (BASELINE, "int8_rotated", "auto", "fp8_rowwise", "nvfp4", "halo0_int8")
 LIMIT_S = 420.0
 PREPARE, DEVICE = "prepare", "device"
@@ -86,8 +89,9 @@ class Job:
 
 
 def known_recipes() -> list[str]:
-    """Every recipe of hadagraph's table, the least asked for last, and the control."""
-    return [*sorted(hadagraph.RECIPES, key=lambda name: "fp6" in name), CONTROL]
+    """Every recipe of hadagraph's table, the least asked for last, those with options of their own,
+    and the control."""
+    return [*sorted(hadagraph.RECIPES, key=lambda name: "fp6" in name), *WITH_OPTIONS, CONTROL]
 
 
 def workloads(args: argparse.Namespace) -> dict[str, Workload]:
@@ -129,7 +133,7 @@ def wanted_jobs(args: argparse.Namespace) -> list[Job]:
     known = known_recipes()
     names = [name for name in args.recipes or known if name in known]
     names = [BASELINE, *(name for name in names if name != BASELINE)]
-    seeds = dict.fromkeys(CLAIM_PARITY, 3) | dict(args.seeds)
+    seeds = dict.fromkeys(THRICE, 3) | dict(args.seeds)
     first = [name for name in CLAIM_PARITY if name in names]
     order = first + [name for name in names if name not in first]
     if args.time_only:
@@ -149,15 +153,16 @@ def wanted_jobs(args: argparse.Namespace) -> list[Job]:
         if args.gpus > 1:  # on one GPU the baseline was timed as it trained
             jobs += [Job(FINE_TUNING, TIME, BASELINE, gpu=gpu) for gpu in range(args.gpus)]
         if args.sqnr:
-            jobs += [Job(FINE_TUNING, SQNR, n) for n in order if n not in (BASELINE, CONTROL)]
+            plain = [n for n in order if n in hadagraph.RECIPES and n != BASELINE]
+            jobs += [Job(FINE_TUNING, SQNR, n) for n in plain]
     return jobs
 
 
 def open_jobs(
     jobs: list[Job], records: list[Record], found: dict[str, Workload], shard: tuple[int, int]
 ) -> list[Job]:
-    """What of a shard's jobs is not done. Baselines are: each call has its own, unless nothing else
-    is left to do."""
+    """What of a shard's jobs is not done. Each call has baselines of its own: those that something
+    else that is left to do is compared with."""
     left = []
     for job in jobs[shard[0] :: shard[1]]:
         settings = found[job.workload].settings
@@ -169,15 +174,9 @@ def open_jobs(
         )
         if seeds:
             left.append(dataclasses.replace(job, seeds=seeds))
-    return left if any(job.recipe != BASELINE for job in left) else []
-
-
-def shard_of(text: str) -> tuple[int, int]:
-    """`i/n`: every n-th job, from the i-th on, counted from 0."""
-    index, slash, count = text.partition("/")
-    if not slash or not index.isdigit() or not count.isdigit() or int(index) >= int(count):
-        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 0 to N - 1")
-    return int(index), int(count)
+    compared = {(job.workload, job.kind) for job in left if job.recipe != BASELINE}
+    compared |= {(workload, TIME) for workload, kind in compared if kind == TRAINING}
+    return [job for job in left if (job.workload, job.kind) in compared]
 
 
 # -------------------------------------------------------------------------- the processes
@@ -204,8 +203,8 @@ class Driver:
             tasks.append(self._helper(DEVICE, DEVICE, device=True))
         tasks += [self._task(job) for job in jobs]
         self.jobs = {job.name: job for job in jobs}
-        parallel = max(1, self.args.gpus) if self.args.time_only else self.args.parallel
-        workers = Workers(parallel, self.args.gpus, self.cache)
+        least = self.args.gpus if self.args.time_only else 1
+        workers = Workers(max(least, self.args.parallel), self.args.gpus, self.cache)
         never = workers.run(tasks, self.args.seconds, self._ended)
         if never:
             print(f"not started: {', '.join(task.name for task in never)}")
@@ -225,7 +224,7 @@ class Driver:
     def _task(self, job: Job) -> Task:
         text = json.dumps(dataclasses.asdict(job))
         needs = [self.found[job.workload].path(self.cache)]
-        if job.recipe in CALIBRATED and self.args.measure_device and self.args.gpus:
+        if job.recipe.split()[0] in CALIBRATED and self.args.measure_device and self.args.gpus:
             needs.append(self.cache / "device")
         return Task(
             job.name,
@@ -327,7 +326,7 @@ def save_merged(args: argparse.Namespace, records: list[Record]) -> None:
 
 def seeds_of(text: str) -> tuple[str, int]:
     """`NAME=N`."""
-    name, equals, count = text.partition("=")
+    name, equals, count = text.rpartition("=")
     if not equals or not count.isdigit() or int(count) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not NAME=N, such as int8_rotated=3")
     return name, int(count)
@@ -345,7 +344,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     add("--seeds", nargs="+", type=seeds_of, default=[], metavar="NAME=N")
     add("--sqnr", action="store_true", help="measure every matmul's error at the start, too")
-    add("--time-only", action="store_true", help="only time each recipe, one process a GPU")
+    add("--time-only", action="store_true", help="only time each recipe")
     add("--lower", action=argparse.BooleanOptionalAction, default=True, help="lower every matmul")
     add("--option", nargs="+", type=named_option, default=[], metavar="NAME=VALUE")
     add("--shard", type=shard_of, default=(0, 1), metavar="I/N", help="every N-th job")

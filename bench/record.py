@@ -47,6 +47,14 @@ def header(benchmark: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def shard_of(text: str) -> tuple[int, int]:
+    """`i/n`: every n-th job, from the i-th on, counted from 0."""
+    index, slash, count = text.partition("/")
+    if not slash or not index.isdigit() or not count.isdigit() or int(index) >= int(count):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 0 to N - 1")
+    return int(index), int(count)
+
+
 def save(content: dict[str, Any], path: Path | None) -> None:
     """Write or replace the file as a whole; nothing without a path."""
     if path is None:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_trace import KINDS, KernelTime, by_kind, kernel_times
+from kernel_trace import KINDS, KernelTime, by_kind, recorded
 from llama_blocks import SHAPES, linear_flops, make_blocks
 from record import header, interleaved, median, milliseconds, save
 from rich.console import Console
@@ -70,10 +69,7 @@ def profiled(step: Step, steps: int) -> list[KernelTime]:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        prof.export_chrome_trace(str(path))
-        return kernel_times(json.loads(path.read_text())["traceEvents"], steps)
+    return recorded(prof, steps)
 
 
 def share(row: KernelTime, ceiling: dict[str, float]) -> float | None:

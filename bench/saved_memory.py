@@ -3,6 +3,8 @@ recipe by recipe beside Inductor in bf16: for the seven Linears of one decoder b
 input of its own that nobody else holds, and for the whole block.
 
     python bench/saved_memory.py --out bench/results/saved_memory.json
+    python bench/saved_memory.py --shard 0/4 --out part0.json   (and 1/4, ... on other GPUs)
+    python bench/saved_memory.py --merge part*.json --out bench/results/saved_memory.json
 
 On a GPU the allocator says it (`allocated_bytes`); everywhere autograd does (`saved_bytes`), as the
 storages that it packs, parameters left out. A run leaves what it had: the same command goes on.
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 from llama_blocks import SHAPES, BlockShape, make_blocks
-from record import header, save
+from record import header, save, shard_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -187,10 +189,11 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         if _same(earlier, content):
             content["models"] |= earlier["models"]
     names = args.recipes or [name for name in hadagraph.RECIPES if name != "bf16"]
+    index, count = args.shard
     for which in args.models:
         model = Model(which, args)
         entries = content["models"][which]
-        for name in dict.fromkeys([BASELINE, *names]):
+        for name in dict.fromkeys([BASELINE, *names[index::count]]):
             if name in entries and "error" not in entries[name]:
                 continue
             entries[name] = measure(model, name, args)
@@ -198,6 +201,21 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             console.print(f"{which} {name}: {_summary(entries[name])}", markup=False)
             save(content, args.out)
     return content
+
+
+def merge(args: argparse.Namespace) -> dict[str, Any]:
+    """What the files hold together, a later file's entries before an earlier one's, but no failure
+    before a result; ValueError where they measured different things."""
+    first, *others = (json.loads(path.read_text()) for path in args.merge)
+    for path, other in zip(args.merge[1:], others, strict=True):
+        if not _same(other, first):
+            raise ValueError(f"--merge {path}: another device or other settings")
+        for which, entries in other["models"].items():
+            held = first["models"].setdefault(which, {})
+            held |= {n: e for n, e in entries.items() if "error" not in e or n not in held}
+    first["settings"] |= {"shard": [0, 1], "merge": None}
+    save(first, args.out)
+    return dict(first)
 
 
 def _same(earlier: dict[str, Any], content: dict[str, Any]) -> bool:
@@ -249,10 +267,18 @@ def main() -> None:
     add("--models", nargs="+", choices=(LINEARS, BLOCK), default=[LINEARS, BLOCK])
     add("--recipes", nargs="+", choices=sorted(hadagraph.RECIPES), help="default: all")
     add("--executor", choices=("inductor", "eager"), default="inductor", help="%(default)s")
+    add("--shard", type=shard_of, default=(0, 1), metavar="I/N", help="every N-th recipe")
+    add("--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing: unite these")
     add("--out", type=Path, help="write the results here as JSON")
     args = parser.parse_args()
     console = Console(width=140)
-    show(run(args, console), console)
+    if args.merge is None:
+        show(run(args, console), console)
+        return
+    try:
+        show(merge(args), console)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

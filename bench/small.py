@@ -28,7 +28,7 @@ from record import header, interleaved, median, milliseconds, save
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from step import Step, activations
+from step import Step, activations, captured
 from torch import nn
 from variants import BASELINE, variants
 
@@ -46,20 +46,6 @@ Row = dict[str, Any]
 def batch_of(text: str) -> tuple[int, int]:
     """`BxS` as numbers."""
     return features(text)
-
-
-def captured(step: Step) -> Callable[[], None]:
-    """The step as one CUDA graph: what it costs without the host."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(CAPTURE_WARMUP):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def lowered_gemms() -> Row:
@@ -102,7 +88,7 @@ def compare(makers: dict[str, Callable[[], Step]], args: argparse.Namespace) -> 
         graphs = {}
         for name, step in steps.items():
             try:
-                graphs[name] = captured(step)
+                graphs[name] = captured(step, CAPTURE_WARMUP)
             except RuntimeError as error:
                 row["variants"][name]["capture_error"] = f"{error}"[:500]
         _time(row, graphs, args, "captured_ms")

@@ -1,14 +1,29 @@
 """One timed step of a compiled model: forward and backward on fixed inputs, or a whole training
-step with its loss and AdamW; its gradients and its memory."""
+step with its loss and AdamW; its gradients and its memory; and calls as CUDA graphs."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def captured(call: Callable[[], object], warmup: int = 1) -> Callable[[], None]:
+    """The call as one CUDA graph: what it costs without the host. `warmup` calls come before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmup):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ that `hadagraph.measure_device` makes.
 
     python bench/time_model.py --out bench/results/time_model.json   # on a GPU, about 120 s
     python bench/time_model.py --read FILE     # predict what FILE holds (cost_grid's, too)
-    python bench/time_model.py --fit FILE      # rows for hadagraph/device.py from FILE's points
+    python bench/time_model.py --fit FILE      # rows for hadagraph/device.py from FILE's points,
+                                               # and shares before, after and held out
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,14 @@ WAYS = {
 BUSY_MS = 2.0
 SETS = 4
 """Of operands that calls take turns on."""
+MOST_TURNS = 8
+"""Of a graph through the sets: it shall take BUSY_MS, too, for a replay's own time is in it."""
 KINDS = ("rotated", "plain", "per_tensor")
 Gemm = tuple[str, int, int, int]
 """Its role, M, N and C."""
 Matrix = tuple[int, int]
+Shape = tuple[list[Gemm], dict[Matrix, list[str]]]
+"""Its GEMMs, and the quantizers of each matrix."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def linears() -> list[tuple[str, Linear]]:
 # -------------------------------------------------------------------------- measuring
 
 
-def work() -> Iterator[tuple[list[Gemm], dict[Matrix, list[str]]]]:
+def work() -> Iterator[Shape]:
     """Shape by shape what makes its entries whole: its GEMMs, and for each matrix the quantizers
     that the entries read. The large GEMMs first, then the groups by turns."""
     rows = [f"rows {kind}" for kind in KINDS]
@@ -106,7 +111,7 @@ def work() -> Iterator[tuple[list[Gemm], dict[Matrix, list[str]]]]:
             yield cost_grid.gemms_of([each]), wanted
 
 
-def compile_ahead(every: list[tuple[list[Gemm], dict[Matrix, list[str]]]]) -> int:
+def compile_ahead(every: Sequence[Shape]) -> int:
     """Let Inductor's workers compile the kernels of this work, in its order; how many kernels they
     took."""
     found: list[precompile.OperatorCall] = []
@@ -143,21 +148,23 @@ def device_us(
     no launch by the host is in it. A contender that the device refuses is left out. Takes from
     the clock what the replays take, not the first calls, which compile."""
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    launched: dict[str, int] = {}
     pool = torch.cuda.graph_pool_handle()  # their outputs may overlap
     for name, calls in contenders.items():
         try:
             calls[0]()
             torch.cuda.synchronize()
+            turns = max(1, min(MOST_TURNS, round(1e3 * BUSY_MS / len(calls) / _us(calls[0]))))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                for call in calls:
+                for call in calls * turns:
                     call()
         except (RuntimeError, CompilationError, OutOfResources) as error:
             Console().print(f"[red]{name}: {str(error)[:200]}[/red]")
             continue
-        graphs[name] = graph
+        graphs[name], launched[name] = graph, len(calls) * turns
     began = time.perf_counter()
-    repeats = {name: _repeats(graph) for name, graph in graphs.items()}
+    repeats = {name: _repeats(graph.replay) for name, graph in graphs.items()}
     spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in graphs}
     for _ in range(rounds):  # without a pause between them, as in a training step
         for name, graph in graphs.items():
@@ -171,21 +178,26 @@ def device_us(
     clock.seconds -= time.perf_counter() - began
     return {
         name: statistics.median(start.elapsed_time(end) for start, end in found)
-        / (repeats[name] * len(contenders[name]))
+        / (repeats[name] * launched[name])
         * 1e3
         for name, found in spans.items()
     }
 
 
-def _repeats(graph: torch.cuda.CUDAGraph) -> int:
+def _repeats(replay: Callable[[], object]) -> int:
     """Replays that keep the device busy for BUSY_MS."""
+    replay()
+    return max(1, min(64, round(1e3 * BUSY_MS / _us(replay))))
+
+
+def _us(call: Callable[[], object]) -> float:
+    """Of one call, its launch by the host included."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph.replay()
     start.record()
-    graph.replay()
+    call()
     end.record()
     torch.cuda.synchronize()
-    return max(1, min(64, round(BUSY_MS / max(start.elapsed_time(end), 1e-3))))
+    return max(1e3 * start.elapsed_time(end), 1.0)
 
 
 def measured(options: argparse.Namespace) -> Row:
@@ -227,6 +239,7 @@ def measured(options: argparse.Namespace) -> Row:
         "copy_bytes_per_s": bandwidth,
         "shapes": shapes,
         "skipped": len(every) - shapes,
+        "steady": True,
         "seconds": time.perf_counter() - began,
         "measuring_seconds": options.seconds - clock.seconds,
         "host": host,
@@ -246,6 +259,7 @@ def measured(options: argparse.Namespace) -> Row:
 
 def entries(points: Row, profile: DeviceProfile) -> Iterator[Entry]:
     """Every shape and way that the points hold whole."""
+    profile = cost_grid.as_measured(profile, points)
     gemms = {(r["kernel"], r["role"], r["M"], r["N"], r["C"]): r["us"] for r in points["gemms"]}
     quantizers = {(r["kernel"], r["T"], r["K"]): r["us"] for r in points["quantizers"]}
 
@@ -306,6 +320,32 @@ def entries(points: Row, profile: DeviceProfile) -> Iterator[Entry]:
             yield from entry("Linear", group, (T, K, N), way, whole)
 
 
+def held_out(points: Row) -> list[Entry]:
+    """Entries of each half of the shapes, predicted by the profile that is fitted to the points
+    that the half does not hold."""
+    every = list(work())
+    found = []
+    for half in (every[::2], every[1::2]):
+        mine, others = divided(points, half)
+        found += entries(mine, cost_grid.fitted(others))
+    return found
+
+
+def divided(points: Row, shapes: Sequence[Shape]) -> tuple[Row, Row]:
+    """The record with the points of these shapes, and with all others."""
+    gemms = {problem for problems, _ in shapes for problem in problems}
+    matrices = {matrix for _, each in shapes for matrix in each}
+    mine, others = dict(points), dict(points)
+    for kind, held, names in (
+        ("gemms", gemms, ("role", "M", "N", "C")),
+        ("quantizers", matrices, ("T", "K")),
+    ):
+        keys = [tuple(row[name] for name in names) for row in points[kind]]
+        mine[kind] = [row for row, key in zip(points[kind], keys, strict=True) if key in held]
+        others[kind] = [row for row, key in zip(points[kind], keys, strict=True) if key not in held]
+    return mine, others
+
+
 def share(found: list[Entry]) -> float:
     """Of entries that are predicted within the limit. ValueError where there is none."""
     if not found:
@@ -342,6 +382,20 @@ def summary(points: Row, profiles: dict[str, DeviceProfile], console: Console) -
     return results
 
 
+def print_fit(points: Row, console: Console) -> None:
+    """The fitted rows, and how well the table's row, they, and fits to the other half predict."""
+    fitted = cost_grid.print_fit(points, console)
+    table = chip_profile(points["device"], tuple(points["capability"]))
+    assert table is not None  # else there was nothing to start a fit from
+    found = {
+        "table": list(entries(points, table)),
+        "fitted": list(entries(points, fitted)),
+        "fitted to the other half of the shapes": held_out(points),
+    }
+    for name, each in found.items():
+        console.print(f"{name}: {share(each):.3f} of {len(each)} within {LIMIT:.0%}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
@@ -359,7 +413,7 @@ def main() -> None:
         content = json.loads((options.fit or options.read).read_text())
         points = content.get("points", content) | {"device": content["device"]}
         if options.fit is not None:
-            cost_grid.print_fit(points, console)
+            print_fit(points, console)
             return
         profiles = {"fitted to these points": cost_grid.fitted(points)}
     else:

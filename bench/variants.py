@@ -24,6 +24,7 @@ def variants() -> dict[str, Compile]:
         "hadagraph int8_rotated_fast": hadagraph(recipe="int8_rotated", memory="fast"),
         "hadagraph int8_rotated_balanced": hadagraph(recipe="int8_rotated", memory="balanced"),
         "hadagraph int8_rotated_min": hadagraph(recipe="int8_rotated", memory="min"),
+        "hadagraph int8_rotated_always": hadagraph(recipe="int8_rotated", never_slower=False),
         "hadagraph fp8_tensorwise": hadagraph(recipe="fp8_tensorwise"),
         "hadagraph fp8_rowwise": hadagraph(recipe="fp8_rowwise"),
     }
