@@ -24,14 +24,12 @@ from hadagraph.codegen.choose_encode import (
 )
 from hadagraph.codegen.direct import Launch, empty, zero_words
 from hadagraph.codegen.encode_spec import EncodeSpec
-from hadagraph.codegen.launch import layout_of
+from hadagraph.codegen.launch import layout_of, log_refusal, run_ready
 from hadagraph.codegen.spec import Capability
 from hadagraph.codegen.transforms import (
     is_readable,
-    log_refusal,
     matrix_of,
     order_of,
-    run_ready,
     signs_stream,
 )
 from hadagraph.encode import (

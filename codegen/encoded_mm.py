@@ -24,9 +24,8 @@ from hadagraph.codegen.choose_encode import (
     mm_route,
 )
 from hadagraph.codegen.encoded import contracted_size, decoder
-from hadagraph.codegen.launch import layout_of, multiplier
+from hadagraph.codegen.launch import layout_of, log_refusal, multiplier, run_ready
 from hadagraph.codegen.spec import Capability
-from hadagraph.codegen.transforms import log_refusal, run_ready
 from hadagraph.encode import Encoded, encoded_mm_reference
 from hadagraph.formats import Encoding, format_named
 from hadagraph.ops import LIBRARY

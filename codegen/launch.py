@@ -7,8 +7,9 @@ T rows and K columns of a quantizer's input; M, N kept dims and C contracted dim
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ __all__ = [
 Outputs = tuple[Quantized | None, Quantized | None]
 LAYOUTS_KEPT = 4096
 """Layouts of operands whose launches are kept ready."""
+log = logging.getLogger(__name__)
 _READY: dict[tuple[Hashable, ...], Callable[..., Any]] = {}
 
 
@@ -100,6 +102,26 @@ def ready(key: tuple[Hashable, ...], make: Callable[[], Callable[..., Any]]) -> 
             _READY.clear()
         call = _READY[key] = make()
     return call
+
+
+def run_ready(
+    key: tuple[Hashable, ...],
+    make: Callable[..., Callable[..., Any]],
+    arguments: tuple[Any, ...],
+    tensors: tuple[Tensor | None, ...],
+) -> Any:
+    """What `make` makes ready, given the device's capability and an operator's `arguments`, run on
+    the `tensors` among them; found by `key` from the second call on."""
+    device = arguments[0].device
+    with on_device(device):
+        run = ready(key, lambda: make(capability_of(device), *arguments))
+        return run(*tensors)
+
+
+@cache
+def log_refusal(what: str, reason: str) -> None:
+    """Says once that a reference runs in place of a kernel."""
+    log.info("%s: by torch's operators, not by an emitted kernel: %s", what, reason)
 
 
 def quantize(
@@ -285,10 +307,9 @@ def _addressable(codes: Tensor) -> Tensor:
 
 def _quantize_cuda(x: Tensor, rows: str | None, columns: str | None) -> Outputs:
     """`quantize`, found by the encodings' text: an operator call parses nothing."""
-    key = (*layout_of(x), rows, columns)
-    with on_device(x.device):
-        target = capability_of(x.device)
-        outputs: Outputs = ready(key, lambda: ready_quantize(target, x, rows, columns))(x)
+    outputs: Outputs = run_ready(
+        (*layout_of(x), rows, columns), ready_quantize, (x, rows, columns), (x,)
+    )
     return outputs
 
 

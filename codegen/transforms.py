@@ -7,20 +7,18 @@ R the size of the other dim, C that of the dim that is transformed.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Hashable
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hadagraph.codegen.calls import launch_of, on_device
+from hadagraph.codegen.calls import launch_of
 from hadagraph.codegen.choose import DTYPE_NAMES
 from hadagraph.codegen.choose_encode import select_transform, transform_refusal
 from hadagraph.codegen.direct import empty
 from hadagraph.codegen.encode_spec import EncodeSpec
-from hadagraph.codegen.launch import capability_of, layout_of, ready
+from hadagraph.codegen.launch import layout_of, log_refusal, run_ready
 from hadagraph.codegen.matrices import inverse_on, matrix_on, projection_on
 from hadagraph.codegen.spec import Capability
 from hadagraph.encode import rotate_with_seed, unrotate_with_seed
@@ -34,7 +32,6 @@ from hadagraph.rotation import (
     unproject_reference,
 )
 
-log = logging.getLogger(__name__)
 Transform = Callable[..., Tensor]
 """(x, and the seed if the operator was given one) -> out."""
 
@@ -125,12 +122,6 @@ def transformer(
     return run
 
 
-@cache
-def log_refusal(what: str, reason: str) -> None:
-    """Says once that a reference runs in place of a kernel."""
-    log.info("%s: by torch's operators, not by an emitted kernel: %s", what, reason)
-
-
 # ------------------------------------------------------------------ operators
 
 
@@ -193,20 +184,6 @@ def ready_unproject(
         return unproject_reference(x, dim, (kept, block), size).contiguous()
 
     return transformer(x, dim, encoding, size, capability, reference)
-
-
-def run_ready(
-    key: tuple[Hashable, ...],
-    make: Callable[..., Callable[..., Any]],
-    arguments: tuple[Any, ...],
-    tensors: tuple[Tensor | None, ...],
-) -> Any:
-    """What `make` makes ready, given the device's capability and an operator's `arguments`, run on
-    the `tensors` among them; found by `key` from the second call on."""
-    device = arguments[0].device
-    with on_device(device):
-        run = ready(key, lambda: make(capability_of(device), *arguments))
-        return run(*tensors)
 
 
 def _implement(op: str, make: Callable[..., Transform], values: int) -> None:

@@ -146,8 +146,8 @@ def test_a_missing_seed_is_named():
 def test_what_kernels_refuse_goes_to_the_reference(text, caplog):
     encoding = Encoding.parse(text)
     x = integers(24, 300, BF16)
-    transforms.log_refusal.cache_clear()
-    with caplog.at_level("INFO", "hadagraph.codegen.transforms"):
+    launch.log_refusal.cache_clear()
+    with caplog.at_level("INFO", "hadagraph.codegen.launch"):
         for _ in range(2):
             got = encoded_on(SM90, x, None, text, 1, 0)
     expected = encode_reference(x, encoding, 1)
@@ -201,7 +201,7 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
 @interpreter
 def test_operators_run_what_is_ready(monkeypatch):
     """The implementations for CUDA, of tensors on the CPU: twice, and made ready once."""
-    monkeypatch.setattr(transforms, "capability_of", lambda device: SM90)
+    monkeypatch.setattr(launch, "capability_of", lambda device: SM90)
     monkeypatch.setattr(launch, "_READY", {})
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for count, (op, arguments) in enumerate(operator_calls(), 1):
@@ -241,9 +241,9 @@ def test_projections(projection):
 
 
 def test_rotations_that_kernels_refuse(caplog):
-    transforms.log_refusal.cache_clear()
+    launch.log_refusal.cache_clear()
     x = normals(4, 300, torch.float32)
-    with caplog.at_level("INFO", "hadagraph.codegen.transforms"):
+    with caplog.at_level("INFO", "hadagraph.codegen.launch"):
         got = transforms.ready_rotate(SM90, x, 1, "h256")(x)
     assert torch.equal(got, rotate_reference(x, 1, Rotation(256)))
     assert "h256" in caplog.text

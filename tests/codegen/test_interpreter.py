@@ -135,6 +135,15 @@ def test_tiles_configurations(index):
 
 
 @interpreter
+def test_tiles_of_tall_matrices(monkeypatch):
+    """Programs walk as many tiles as keeps the grid within its limit: three here, of five."""
+    monkeypatch.setattr("hadagraph.codegen.choose.SECOND_GRID_DIM", 2)
+    monkeypatch.setattr(launch, "_READY", {})
+    config = min(tune.tiles_candidates(SM90), key=lambda c: c.amax.tiles + c.write.tiles)
+    check(integers(515, 136, torch.bfloat16), ROTATED, "both", config, exact=True)
+
+
+@interpreter
 @pytest.mark.parametrize("index", range(len(tune.columns_candidates(SM90))))
 def test_columns_configurations(index, monkeypatch):
     """Programs that are cut off at both edges, strides that are written into the source."""
