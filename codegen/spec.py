@@ -315,8 +315,26 @@ class ColumnWriteSpec(ColumnPass):
         return T * K * (self.read_bytes + 1) + 4 * K
 
 
+class Matmul:
+    """out [M, N] from operands over C."""
+
+    out_dtype: str
+
+    def flops(self, M: int, N: int, C: int) -> int:
+        return 2 * M * N * C
+
+    def bytes(self, M: int, N: int, C: int) -> int:
+        """Each operand of one byte read once, the output written once."""
+        return (M + N) * C + M * N * INPUT_BYTES[self.out_dtype]
+
+
+def operand_formats(a_format: str, b_format: str) -> str:
+    """Of both operands, once if they are the same."""
+    return a_format if a_format == b_format else f"{a_format}_{b_format}"
+
+
 @dataclass(frozen=True)
-class ScaledMmSpec:
+class ScaledMmSpec(Matmul):
     """out[m, n] = (sum_c a[m, c] b[n, c]) * a_scale[m] * b_scale[n] + bias[n], both K-major.
 
     `part`: the contraction is summed in runs of this length, added in fp32 (`None`: one run).
@@ -355,21 +373,12 @@ class ScaledMmSpec:
 
     @property
     def name(self) -> str:
-        formats = self.a_format
-        if self.b_format != self.a_format:
-            formats = f"{formats}_{self.b_format}"
+        formats = operand_formats(self.a_format, self.b_format)
         return f"scaled_mm_{formats}_{self.out_dtype}"
-
-    def flops(self, M: int, N: int, C: int) -> int:
-        return 2 * M * N * C
-
-    def bytes(self, M: int, N: int, C: int) -> int:
-        """Each operand read once, the output written once."""
-        return (M + N) * C + M * N * INPUT_BYTES[self.out_dtype]
 
 
 @dataclass(frozen=True)
-class GluonMmSpec:
+class GluonMmSpec(Matmul):
     """`ScaledMmSpec`'s result for int8 codes on Hopper, from one program an SM that keeps the
     products of two steps in flight; the contraction is one run.
 
@@ -409,16 +418,9 @@ class GluonMmSpec:
     def name(self) -> str:
         return f"scaled_mm_pingpong_int8_{self.out_dtype}"
 
-    def flops(self, M: int, N: int, C: int) -> int:
-        return 2 * M * N * C
-
-    def bytes(self, M: int, N: int, C: int) -> int:
-        """Each operand read once, the output written once."""
-        return (M + N) * C + M * N * INPUT_BYTES[self.out_dtype]
-
 
 @dataclass(frozen=True)
-class BlockScaledMmSpec:
+class BlockScaledMmSpec(Matmul):
     """out[m, n] = (sum_c a[m, c] a_scales[m, c / block] b[n, c] b_scales[n, c / block]) * a_scale *
     b_scale + bias[n] by block-scaled matrix instructions: fp8 or packed fp4 codes, both K-major,
     block scales as bytes, `a_scale` and `b_scale` of the tensors.
@@ -460,13 +462,8 @@ class BlockScaledMmSpec:
 
     @property
     def name(self) -> str:
-        formats = self.a_format
-        if self.b_format != self.a_format:
-            formats = f"{formats}_{self.b_format}"
+        formats = operand_formats(self.a_format, self.b_format)
         return f"block_scaled_mm_{formats}_{self.scale}_{self.out_dtype}"
-
-    def flops(self, M: int, N: int, C: int) -> int:
-        return 2 * M * N * C
 
     def bytes(self, M: int, N: int, C: int) -> int:
         """Each operand and its scales read once, the output written once."""
