@@ -60,7 +60,7 @@ def child(args: argparse.Namespace) -> None:
     emitted = EmittedKernels()
     triton.knobs.compilation.listener = emitted
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = BlockShape(args.width, args.hidden, args.heads, args.kv_heads)
+    shape = BlockShape(args.width, args.hidden, args.heads, args.kv_heads, args.layers)
     torch.manual_seed(0)
     with torch.device(device):
         model = Blocks(shape, args.layers, args.sequence).to(torch.bfloat16)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language_models import MODELS, make_language_model, token_batch
+from language_models import VOCABULARY, make_language_model, token_batch
 from llama_blocks import SHAPES, linear_flops, make_blocks
 from record import header, interleaved, median, milliseconds, save
 from rich.console import Console
@@ -145,7 +145,7 @@ def as_json(results: list[Result], args: argparse.Namespace) -> dict[str, Any]:
         "results": [],
     }
     if args.whole:
-        content["vocabulary"] = MODELS[args.shape].vocabulary
+        content["vocabulary"] = VOCABULARY[args.shape]
         content["head"] = "untied, bf16 in every variant, left out of linear_flops"
         content["optimizer"] = "AdamW, fused, not compiled, state in bf16"
     for r in results:
@@ -176,10 +176,10 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     args = parser.parse_args()
-    if args.whole and args.shape not in MODELS:
-        parser.error(f"--whole --shape {args.shape}: allowed are {', '.join(sorted(MODELS))}")
+    if args.whole and args.shape not in VOCABULARY:
+        parser.error(f"--whole --shape {args.shape}: allowed are {', '.join(sorted(VOCABULARY))}")
     if args.blocks is None:
-        args.blocks = MODELS[args.shape].layers if args.whole else DEFAULT_BLOCKS
+        args.blocks = SHAPES[args.shape].layers if args.whole else DEFAULT_BLOCKS
     console = Console(width=130)
     results = run(args, console)
     console.print(table(results, args))

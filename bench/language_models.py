@@ -3,43 +3,33 @@ the sizes of published ones. Qwen's QKV biases are left out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from llama_blocks import SHAPES, Blocks
+from llama_blocks import SHAPES, Blocks, BlockShape
 from torch import Tensor, nn
 from torch.nn import functional
 
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Name of the block's shape, depth and vocabulary of a published model."""
-
-    block: str
-    layers: int
-    vocabulary: int
-
-
-MODELS = {
-    "smollm2-135m": ModelShape("smollm2-135m", 30, 49152),
-    "smollm2-360m": ModelShape("smollm2-360m", 32, 49152),
-    "qwen2.5-0.5b": ModelShape("qwen2.5-0.5b", 24, 151936),
-    "llama3-1b": ModelShape("llama3-1b", 16, 128256),
-    "tiny": ModelShape("tiny", 2, 96),
+VOCABULARY = {
+    "smollm2-135m": 49152,
+    "smollm2-360m": 49152,
+    "qwen2.5-0.5b": 151936,
+    "llama3-1b": 128256,
+    "tiny": 96,
 }
+"""Tokens of the published models; their blocks and depths are in `SHAPES`."""
 
 
 class LanguageModel(nn.Module):
     """Tokens [batch, sequence] and the tokens that follow them -> mean cross entropy, from logits
     in bf16 made fp32 (as transformers does)."""
 
-    def __init__(self, shape: ModelShape, layers: int, sequence: int, tied: bool) -> None:
+    def __init__(
+        self, shape: BlockShape, vocabulary: int, layers: int, sequence: int, tied: bool
+    ) -> None:
         super().__init__()
-        width = SHAPES[shape.block].width
-        self.embedding = nn.Embedding(shape.vocabulary, width)
-        self.body = Blocks(SHAPES[shape.block], layers, sequence)
-        self.norm = nn.RMSNorm(width, eps=1e-5)
-        self.lm_head = nn.Linear(width, shape.vocabulary, bias=False)
+        self.embedding = nn.Embedding(vocabulary, shape.width)
+        self.body = Blocks(shape, layers, sequence)
+        self.norm = nn.RMSNorm(shape.width, eps=1e-5)
+        self.lm_head = nn.Linear(shape.width, vocabulary, bias=False)
         if tied:
             self.lm_head.weight = self.embedding.weight
 
@@ -52,11 +42,11 @@ def make_language_model(
     name: str, layers: int | None, sequence: int, device: str, *, tied: bool, seed: int = 0
 ) -> LanguageModel:
     """A bf16 model with weights of the usual scale; `layers` None: as many as the published one."""
-    shape = MODELS[name]
+    shape = SHAPES[name]
     torch.manual_seed(seed)
     with torch.device(device):
         depth = shape.layers if layers is None else layers
-        model = LanguageModel(shape, depth, sequence, tied)
+        model = LanguageModel(shape, VOCABULARY[name], depth, sequence, tied)
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
@@ -67,5 +57,5 @@ def token_batch(name: str, batch: int, sequence: int, device: str) -> tuple[Tens
     """Random tokens, and the ones that follow each."""
     generator = torch.Generator(device).manual_seed(1)
     size = (batch, sequence + 1)
-    tokens = torch.randint(MODELS[name].vocabulary, size, generator=generator, device=device)
+    tokens = torch.randint(VOCABULARY[name], size, generator=generator, device=device)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

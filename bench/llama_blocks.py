@@ -3,41 +3,14 @@ SwiGLU. Weights are random; nothing else of a language model is here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hadagraph.shapes import SHAPES as KNOWN
+from hadagraph.shapes import BlockShape
 
-@dataclass(frozen=True)
-class BlockShape:
-    """Sizes of one decoder block."""
-
-    width: int
-    hidden: int
-    heads: int
-    kv_heads: int
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def linear_parameters(self) -> int:
-        """Weights of the seven Linears of one block."""
-        attention = 2 * self.width * self.width + 2 * self.width * self.kv_heads * self.head_dim
-        return attention + 3 * self.width * self.hidden
-
-
-SHAPES = {
-    "llama3-8b": BlockShape(4096, 14336, 32, 8),
-    "llama3-1b": BlockShape(2048, 8192, 32, 8),
-    "smollm2-135m": BlockShape(576, 1536, 9, 3),
-    "smollm2-360m": BlockShape(960, 2560, 15, 5),
-    "qwen2.5-0.5b": BlockShape(896, 4864, 14, 2),
-    "tiny": BlockShape(64, 160, 4, 2),
-}
+SHAPES = KNOWN | {"tiny": BlockShape(64, 160, 4, 2, 2)}
 
 
 class Block(nn.Module):

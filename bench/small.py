@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language_models import MODELS, make_language_model, token_batch
+from language_models import VOCABULARY, make_language_model, token_batch
 from linear import features
 from llama_blocks import SHAPES
 from record import header, interleaved, median, milliseconds, save
@@ -130,9 +130,8 @@ def model_step(name: str, model_name: str, layers: int, size: tuple[int, int], d
 
 def parameter_count(name: str) -> int:
     """Of the published depth, head tied, norms left out."""
-    shape = MODELS[name]
-    block = SHAPES[shape.block]
-    return shape.layers * block.linear_parameters + shape.vocabulary * block.width
+    shape = SHAPES[name]
+    return shape.layers * shape.linear_parameters + VOCABULARY[name] * shape.width
 
 
 def predict_depth(row: Row, empty_ms: float, depth: int, key: str) -> None:
@@ -153,7 +152,7 @@ def measure_linear(K: int, N: int, T: int, args: argparse.Namespace, device: str
 
 def measure_model(name: str, size: tuple[int, int], args: argparse.Namespace, device: str) -> Row:
     """One model at one batch: both variants, and the baseline without blocks."""
-    depth = MODELS[name].layers
+    depth = SHAPES[name].layers
     layers = min(args.layers, depth) if args.layers else depth
     makers = {
         variant: partial(model_step, variant, name, layers, size, device)
@@ -228,7 +227,9 @@ def main() -> None:
     add = parser.add_argument
     add("--linears", type=features, nargs="*", default=list(LINEARS), metavar="KxN")
     add("--tokens", type=int, nargs="+", default=list(TOKENS), help="rows of the Linears' input")
-    add("--models", nargs="*", choices=sorted(MODELS), default=list(MODEL_NAMES), metavar="NAME")
+    add(
+        "--models", nargs="*", choices=sorted(VOCABULARY), default=list(MODEL_NAMES), metavar="NAME"
+    )
     add("--batches", type=batch_of, nargs="+", default=list(BATCHES), metavar="BxS")
     add("--layers", type=int, default=6, help="blocks of each model; 0: as published")
     add("--rounds", type=int, default=5, help="interleaved over the variants")

@@ -20,6 +20,16 @@ class BlockShape:
     kv_heads: int
     layers: int
 
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the seven Linears of one block."""
+        attention = 2 * self.width * self.width + 2 * self.width * self.kv_heads * self.head_dim
+        return attention + 3 * self.width * self.hidden
+
 
 # From the models' published configurations.
 SHAPES = {
@@ -37,8 +47,8 @@ class Block(nn.Module):
 
     def __init__(self, shape: BlockShape) -> None:
         super().__init__()
-        kv = shape.width // shape.heads * shape.kv_heads
-        self.head_dim = shape.width // shape.heads
+        kv = shape.kv_heads * shape.head_dim
+        self.head_dim = shape.head_dim
         self.attention_norm = nn.RMSNorm(shape.width)
         self.q_proj = nn.Linear(shape.width, shape.width, bias=False)
         self.k_proj = nn.Linear(shape.width, kv, bias=False)
