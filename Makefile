@@ -20,8 +20,9 @@ DEMO_ARGS ?=
 TORCH := torch==2.13.0
 TORCH_MIN := torch==2.11.0
 VENV_TORCH_MIN ?= .venv-torch-min
-# What must also hold on the oldest supported torch: the passes and the references.
-TORCH_MIN_TESTS ?= tests/passes $(wildcard tests/test_reference*.py tests/test_rotation*.py)
+# What must also hold on the oldest supported torch and its triton: passes, references, kernels
+# compiled ahead.
+TORCH_MIN_TESTS ?= tests/passes tests/codegen/test_precompile.py $(wildcard tests/test_reference*.py tests/test_rotation*.py)
 
 ifdef PY
 READY :=

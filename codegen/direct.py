@@ -14,6 +14,7 @@ import inspect
 import logging
 import operator
 import re
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, reduce
@@ -32,6 +33,9 @@ KNOWN_TRITON = ("3.6.0", "3.7.0", "3.7.1")
 ALIGNMENT = 16
 MAPS_KEPT = 256
 """Addresses whose tensor maps one argument keeps."""
+
+STUB_ERRORS = (AssertionError, ImportError, OSError, RuntimeError, subprocess.SubprocessError)
+"""What building a launcher raises without a driver, a C compiler or a writable cache."""
 
 Start = Callable[[int, list[Any]], None]
 """(stream, arguments as the binary takes them): starts one kernel."""
@@ -244,6 +248,20 @@ def _start(compiled: Any, grid: tuple[int, ...], descriptors: bool) -> Start:
 def _stream_of() -> Callable[[int], int]:
     """Device index -> handle of its current stream, as Triton finds it."""
     return triton.runtime.driver.active.get_current_stream
+
+
+def build_stub(compiled: Any) -> None:
+    """Puts the C function that launches a compiled kernel into Triton's cache, where this Triton
+    builds one for every signature (3.6), so that the first launch need not wait for a C compiler.
+    Uses no device; where it cannot be built, the first launch tries again."""
+    from triton.backends.nvidia import driver
+
+    if not hasattr(driver, "make_launcher"):
+        return
+    try:
+        driver.CudaLauncher(compiled.src, compiled.metadata)
+    except STUB_ERRORS as error:
+        log.debug("%s: its launcher is built at the first launch: %r", compiled.name, error)
 
 
 def empty(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

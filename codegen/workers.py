@@ -19,7 +19,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hadagraph.codegen.direct import Block
+from hadagraph.codegen.direct import Block, build_stub
 from hadagraph.codegen.encode_spec import AnySpec
 from hadagraph.codegen.store import kernel_module, load_module
 from hadagraph.compat import submit_to_compile_worker
@@ -125,14 +125,17 @@ def compile_kernel(
     target: tuple[str, Any, int],
     environment: dict[str, str],
 ) -> float:
-    """Compiles the kernel of an emitted file for aligned tensors and these integers, into Triton's
-    cache; returns the seconds. Runs in a worker, and uses no device."""
+    """Compiles the kernel of an emitted file for aligned tensors and these integers, and what
+    launches it, into Triton's cache; returns the seconds. Runs in a worker, and uses no device."""
     began = time.perf_counter()
     with _environment(environment), _target(GPUTarget(*target)):
         module = load_module(Path(path))
         kinds = list(module.SIGNATURE.values())
         tensors = [stand_in(kind) for kind in kinds[: len(kinds) - len(integers)]]
-        getattr(module, name).warmup(*tensors, *integers, grid=(1,), **module.OPTIONS)
+        kernel = getattr(module, name)
+        compiled = kernel.warmup(*tensors, *integers, grid=(1,), **module.OPTIONS)
+        if target[0] == "cuda":
+            build_stub(compiled)
     return time.perf_counter() - began
 
 

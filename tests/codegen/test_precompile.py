@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
 from hadagraph import backend, compat
@@ -155,6 +156,56 @@ def test_a_launch_finds_what_was_compiled_ahead(device, monkeypatch, op, argumen
     assert not any(tensor.data_ptr() % 16 for tensor in tensors)
     assert launched(request, tensors) is not None
     assert hits == [False, True]
+
+
+ROWS = ("quantize_rows", (matrix(16, 96), H32))
+
+
+def compile_here(op, arguments):
+    """In this process, as a worker does; the request."""
+    request = precompile.requests_for(op, arguments, HOPPER)[-1]
+    target = (TARGET.backend, TARGET.arch, TARGET.warp_size)
+    path, environment = str(kernel_module(request.spec).__file__), workers.triton_environment()
+    given = (path, request.spec.name, request.integers, target, environment)
+    assert workers.compile_kernel(*given) > 0
+    return request
+
+
+@pytest.mark.skipif(not hasattr(nvidia, "make_launcher"), reason="one launcher for all kernels")
+def test_the_first_launch_finds_its_launcher_built(device, monkeypatch):
+    """With triton 3.6, which has a C compiler build one for each signature."""
+    built = []
+
+    def build(name, src, srcdir, *_):
+        built.append(Path(src).read_text())
+        (Path(srcdir) / "built.so").touch()
+        return str(Path(srcdir) / "built.so")
+
+    monkeypatch.setattr(triton.runtime.build, "_build", build)
+    monkeypatch.setattr(nvidia, "library_dirs", list)  # there is no driver here
+    loaded = SimpleNamespace(launch=lambda *_: None)
+    monkeypatch.setattr(triton.runtime.build, "_load_module_from_path", lambda *_: loaded)
+    request = compile_here(*ROWS)
+    assert len(built) == 1
+    compiled = launched(request, [torch.empty(16, 96, dtype=torch.bfloat16), *outputs_of_rows()])
+    nvidia.CudaLauncher(compiled.src, compiled.metadata)
+    assert len(built) == 1
+
+
+def outputs_of_rows():
+    matrix = torch.empty(32, 32, dtype=torch.bfloat16)
+    return matrix, torch.empty(16, 96, dtype=torch.int8), torch.empty(16)
+
+
+def test_a_launcher_that_cannot_be_built_loses_no_kernel(device, monkeypatch, caplog):
+    def refused(*_):
+        raise AssertionError("libcuda.so cannot found!")
+
+    monkeypatch.setattr(nvidia, "make_launcher", refused, raising=False)
+    monkeypatch.setattr(nvidia, "CudaLauncher", refused)
+    with caplog.at_level(logging.DEBUG, logger="hadagraph.codegen.direct"):
+        compile_here(*ROWS)
+    assert "its launcher is built at the first launch" in caplog.text
 
 
 def test_a_kernel_is_submitted_once(pool):
