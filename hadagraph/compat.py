@@ -35,7 +35,11 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
 from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    in_kernel_invocation_manager,
+    unset_fake_temporarily,
+)
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
@@ -50,6 +54,7 @@ __all__ = [
     "cuda_driver_version",
     "detect_fake_mode",
     "empty_strided_cuda",
+    "fake_empty",
     "get_hash_for_files",
     "guard_on",
     "inductor_config",
@@ -91,6 +96,18 @@ empty_strided_cuda: Callable[..., torch.Tensor] = torch._C._dynamo.guards._empty
 
 # The fp8 matmuls of cuBLASLt and CUTLASS.
 library_scaled_mm: Callable[..., torch.Tensor] = torch._scaled_mm
+
+
+def fake_empty(
+    like: torch.Tensor, shape: Sequence[int | torch.SymInt], dtype: torch.dtype
+) -> torch.Tensor:
+    """`like.new_empty`, contiguous. Of a fake tensor in a tenth of that one's time, which goes
+    through the dispatcher: a compilation makes tens of thousands."""
+    if type(like) is not FakeTensor:
+        return like.new_empty(shape, dtype=dtype)
+    with in_kernel_invocation_manager(like.fake_mode):
+        empty = torch.empty(shape, dtype=dtype, device="meta")
+    return FakeTensor(like.fake_mode, empty, like.fake_device)
 
 
 def inductor_option_names() -> frozenset[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hadagraph.compat import fake_empty
 from hadagraph.encode import encoded_shapes
 from hadagraph.formats import PER_TENSOR, SCALE_FORMATS, Encoding, format_named
 from hadagraph.reference import CHAIN_DTYPES
@@ -21,14 +22,14 @@ from hadagraph.rotation import Rotation, padded_size
 
 def _gemm(lhs: Tensor, rhs: Tensor, *_: Any) -> Tensor:
     torch._check(lhs.shape[1] == rhs.shape[1], lambda: "gemm: contracted dims differ")
-    return lhs.new_empty((lhs.shape[0], rhs.shape[0]))
+    return fake_empty(lhs, (lhs.shape[0], rhs.shape[0]), lhs.dtype)
 
 
 def _resized(x: Tensor, dim: int, size: int, dtype: torch.dtype | None = None) -> Tensor:
     """Like x, but for the size of one dim."""
     shape = list(x.shape)
     shape[dim] = size
-    return x.new_empty(shape, dtype=dtype)
+    return fake_empty(x, tuple(shape), dtype or x.dtype)
 
 
 def _rotate(x: Tensor, dim: int, rotation: str, *_: Any) -> Tensor:
@@ -59,23 +60,23 @@ def _encode(
     codes, scales = encoded_shapes(kept, contracted, parsed)
     plain = SCALE_FORMATS[parsed.scale].name == "fp32"
     return (
-        x.new_empty(codes, dtype=format_named(parsed.format).dtype),
-        x.new_empty(scales, dtype=torch.float32 if plain else torch.uint8),
-        x.new_empty((1,), dtype=torch.float32),
+        fake_empty(x, codes, format_named(parsed.format).dtype),
+        fake_empty(x, scales, torch.float32 if plain else torch.uint8),
+        fake_empty(x, (1,), torch.float32),
     )
 
 
 def _decode(codes: Tensor, *rest: Any) -> Tensor:
     contracted_dim, size, dtype = rest[-3:]
     shape = (codes.shape[0], size)
-    return codes.new_empty(shape if contracted_dim else shape[::-1], dtype=dtype)
+    return fake_empty(codes, shape if contracted_dim else shape[::-1], dtype)
 
 
 def _encoded_mm(
     a: Tensor, a_scale: Tensor, a_tensor_scale: Tensor, b: Tensor, *rest: Any
 ) -> Tensor:
     out_dtype = rest[-1]
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+    return fake_empty(a, (a.shape[0], b.shape[0]), out_dtype)
 
 
 def _clip_mask(x: Tensor, seed: Tensor | None, encoding: str, contracted_dim: int) -> Tensor:
@@ -86,9 +87,9 @@ def _clip_mask(x: Tensor, seed: Tensor | None, encoding: str, contracted_dim: in
 def _quantized(x: Tensor, encoding: str, contracted_dim: int) -> tuple[Tensor, Tensor]:
     parsed, kept = Encoding.parse(encoding), x.shape[1 - contracted_dim]
     contracted = padded_size(x.shape[contracted_dim], parsed.contracted_multiple)
-    codes = x.new_empty((kept, contracted), dtype=format_named(parsed.format).dtype)
+    codes = fake_empty(x, (kept, contracted), format_named(parsed.format).dtype)
     groups = 1 if parsed.granularity == PER_TENSOR else kept
-    return codes, x.new_empty((groups,), dtype=torch.float32)
+    return codes, fake_empty(x, (groups,), torch.float32)
 
 
 def _quantize_rows(x: Tensor, rows: str) -> tuple[Tensor, Tensor]:
@@ -143,14 +144,14 @@ def _quantize_chain(
     ):
         results += _quantized(x, by_rows, 1) if by_rows else ()
         results += _quantized(x, by_columns, 0) if by_columns else ()
-        results += [x.new_empty(x.shape, dtype=CHAIN_DTYPES[output.dtype])] if kept else []
+        results += [fake_empty(x, tuple(x.shape), CHAIN_DTYPES[output.dtype])] if kept else []
     return results
 
 
 def _scaled_mm(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
     torch._check(a.shape[1] == b.shape[1], lambda: "scaled_mm: contracted dims differ")
     out_dtype = rest[-1]
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+    return fake_empty(a, (a.shape[0], b.shape[0]), out_dtype)
 
 
 def _measured(result: Tensor, *_: Any) -> Tensor:

@@ -7,7 +7,7 @@ T rows of the matrix, K its columns. A node of shape [..., K] counts as [T, K].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -270,12 +270,10 @@ LOOKAHEAD = 24
 def grow(
     roots: Sequence[fx.Node],
     sinks: Collection[fx.Node],
-    order: Mapping[fx.Node, int],
     most: int | None = None,
 ) -> Producers | None:
     """The producers of `roots`, as far back as that saves memory traffic; None if a chain cannot
-    compute some root. `order` numbers the graph's nodes. With `most`, no step may make the chain
-    read more matrices than that.
+    compute some root. With `most`, no step may make the chain read more matrices than that.
 
     A tensor that a chain reads is computed by it instead if nothing else reads that tensor (its
     write and read vanish), or if it can be had from tensors that the chain reads anyway, or from
@@ -291,14 +289,14 @@ def grow(
     while pulled:
         pulled = False
         for node in found.matrices():
-            more = _worth(node, found, order, most)
+            more = _worth(node, found, most)
             found.inside.update(more)
             pulled = pulled or bool(more)
     return found
 
 
 def _worth(
-    node: fx.Node, found: Producers, order: Mapping[fx.Node, int], most: int | None
+    node: fx.Node, found: Producers, most: int | None
 ) -> dict[fx.Node, tuple[Read | float | None, ...]]:
     """The nodes to take inside so that the chain need not read this one; none if it should."""
     known = set(found.matrices()) - {node}
@@ -306,7 +304,7 @@ def _worth(
     taken: dict[fx.Node, tuple[Read | float | None, ...]] = {}
     needed = {node}
     while needed and len(taken) < LOOKAHEAD:
-        latest = max(needed, key=order.__getitem__)
+        latest = max(needed)
         operands = reads(latest)
         if operands is None:
             break
@@ -335,11 +333,11 @@ class ReadChain:
     inputs: tuple[Read, ...]
 
 
-def chain_of(found: Producers, order: Mapping[fx.Node, int], *, rounded: bool) -> ReadChain:
+def chain_of(found: Producers, *, rounded: bool) -> ReadChain:
     """The chain that makes the roots, in their order. With `rounded`, every node is rounded to its
     dtype in the graph, as by running them one by one; else only the roots are, as in a kernel that
     a compiler makes of them."""
-    nodes = sorted(found.inside, key=order.__getitem__)
+    nodes = sorted(found.inside)
     needed = [each for node in nodes for each in found.inside[node]]
     inputs = tuple(
         dict.fromkeys(r for r in needed if isinstance(r, Read) and r.node not in found.inside)

@@ -148,18 +148,17 @@ class _Fuser:
             return f"more than {MAX_OUTPUTS} encodings of one layout"
         roots = tuple(output.root for output in outputs)
         sinks = _sinks(_quantizers(outputs))
-        order = {node: index for index, node in enumerate(self.graph.nodes)}
-        found = grow(roots, sinks, order)
+        found = grow(roots, sinks)
         if found is None:
             return _made_by(roots)
         if len(found.matrices()) > MAX_MATRICES:
-            found = grow(roots, sinks, order, MAX_MATRICES)
+            found = grow(roots, sinks, MAX_MATRICES)
         assert found is not None
         if not found.matrices():
             return "the chain reads no matrix"
         if len(found.matrices()) > MAX_MATRICES:
             return f"the chain reads more than {MAX_MATRICES} matrices"
-        made = chain_of(found, order, rounded=self.rounded)
+        made = chain_of(found, rounded=self.rounded)
         refusal = _unreadable(made)
         if refusal is not None:
             return refusal
@@ -171,7 +170,7 @@ class _Fuser:
         )
         blocked = {r for r, keep in zip(roots, kept, strict=True) if keep}
         blocked.update(_quantizers(outputs))
-        if _reaches([read.node for read in made.inputs], blocked, order):
+        if _reaches([read.node for read in made.inputs], blocked):
             return "the chain reads what depends on its own codes"
         if any(k and _sizes(root) is None for k, root in zip(kept, roots, strict=True)):
             return "others read the matrix, and several of its sizes are symbolic"
@@ -181,8 +180,7 @@ class _Fuser:
     def _rewrite(self, candidate: Candidate) -> None:
         graph, outputs = self.graph, candidate.outputs
         quantizers = _quantizers(outputs)
-        order = {node: index for index, node in enumerate(graph.nodes)}
-        first = min(quantizers, key=order.__getitem__)
+        first = min(quantizers)
         columns = tensor(candidate.found.roots[0]).shape[-1]
         with graph.inserting_before(first):
             inputs = [_as_input(graph, read, columns, first) for read in candidate.made.inputs]
@@ -201,9 +199,9 @@ class _Fuser:
                         old.replace_all_uses_with(result)
             if keep:
                 _hand_out(output.root, next(results), gone)
-        producers = tuple(n.name for n in sorted(candidate.found.inside, key=order.__getitem__))
-        _erase(graph, gone, order)
-        late = any(order[read.node] > order[first] for read in candidate.made.inputs)
+        producers = tuple(n.name for n in sorted(candidate.found.inside))
+        late = any(first < read.node for read in candidate.made.inputs)
+        _erase(graph, gone)
         if late or any(candidate.kept):  # readers of a value may stand before its quantizer
             compat.stable_topological_sort(graph)
         self.weighed[node.name] = Region(
@@ -277,15 +275,15 @@ def _made_by(roots: Sequence[fx.Node]) -> str:
     return f"made by {node.target}, {what}"
 
 
-def _reaches(starts: Sequence[fx.Node], goals: set[fx.Node], order: dict[fx.Node, int]) -> bool:
+def _reaches(starts: Sequence[fx.Node], goals: set[fx.Node]) -> bool:
     """Whether some start is computed from some goal."""
-    earliest = min(order[goal] for goal in goals)
+    earliest = min(goals)
     seen, pending = set(starts), list(starts)
     while pending:
         node = pending.pop()
         if node in goals:
             return True
-        new = {n for n in node.all_input_nodes if order[n] >= earliest} - seen
+        new = {n for n in node.all_input_nodes if not n < earliest} - seen
         seen |= new
         pending.extend(new)
     return False
@@ -315,8 +313,8 @@ def _hand_out(root: fx.Node, value: fx.Node, gone: Collection[fx.Node]) -> None:
     )
 
 
-def _erase(graph: fx.Graph, nodes: set[fx.Node], order: dict[fx.Node, int]) -> None:
-    for node in sorted(nodes, key=order.__getitem__, reverse=True):
+def _erase(graph: fx.Graph, nodes: set[fx.Node]) -> None:
+    for node in sorted(nodes, reverse=True):
         for output in list(node.users):
             if output.target is operator.getitem and not output.users:
                 graph.erase_node(output)

@@ -84,8 +84,7 @@ def test_a_chain_computes_what_its_nodes_compute(program):
     gm = traced(function, *inputs)
     (output,) = gm.graph.find_nodes(op="output")
     root = output.args[0]
-    order = {node: index for index, node in enumerate(gm.graph.nodes)}
-    made = chain_of(grow((root,), {output}, order), order, rounded=True)
+    made = chain_of(grow((root,), {output}), rounded=True)
     known = _values_by_node(gm, inputs)
     shaped = [_shaped(known[read.node], read.shape) for read in made.inputs]
     chain = Chain.parse(str(made.chain))
@@ -185,7 +184,6 @@ def test_a_number_on_another_device_ends_a_chain():
     root = graph.call_function(aten.mul.Tensor, (x, number))
     root.meta["val"] = torch.empty(T, K, device="meta")
     output = graph.output((root,))
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    assert grow((root,), {output}, order) is None
+    assert grow((root,), {output}) is None
     number.meta["val"] = torch.empty((), device="meta")
-    assert grow((root,), {output}, order) is not None
+    assert grow((root,), {output}) is not None
