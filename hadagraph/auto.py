@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hadagraph.cost import Gemm, Matrix, Times, gemm_times, producer_times, quantizer_times
+from hadagraph.cost import (
+    Gemm,
+    Matrix,
+    Times,
+    gemm_times,
+    producer_times,
+    quantizer_times,
+    step_times,
+)
 from hadagraph.device import DeviceProfile
 from hadagraph.formats import PER_KEPT_INDEX
 from hadagraph.recipes import RECIPES, ROLES, OperandRule
@@ -191,6 +199,8 @@ class Search:
     ) -> None:
         self.parts, self.profile, self.budget, self.host = parts, profile, budget, host
         self.pricing = [Pricing(part, profile) for part in parts] if profile else []
+        gemms = (site.options[0].gemm for part in parts for site in part.sites)
+        self.step = step_times(profile, gemms) if profile and host else Times()
         self.by_host = False
 
     def run(self) -> Choice:
@@ -271,7 +281,7 @@ class Search:
         return self._total(chosen).us
 
     def _total(self, chosen: Sequence[Choices]) -> Times:
-        total = Times()
+        total = self.step
         for part, pricing, choices in zip(self.parts, self.pricing, chosen, strict=True):
             total += pricing.times(choices) * part.count
         return total if self.host else Times(total.device)

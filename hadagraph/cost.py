@@ -137,6 +137,13 @@ class Times:
         return max(self.device, self.host)
 
 
+def step_times(profile: DeviceProfile, gemms: Iterable[Gemm]) -> Times:
+    """What a step of a graph with these GEMMs costs the host beside its calls; half of it where
+    there is no backward."""
+    backward = any(use.backward for gemm in gemms for use in gemm.uses)
+    return Times(host=profile.host.step * (1.0 if backward else 0.5))
+
+
 def gemm_times(profile: DeviceProfile, gemm: Gemm, lowered: bool) -> Times:
     """A GEMM by itself, its operands ready."""
     format = gemm.format if lowered else gemm.plain

@@ -51,7 +51,8 @@ class QuantizerRate:
 
 @dataclass(frozen=True)
 class HostTimes:
-    """Host microseconds of one call: of an operator, or of a kernel of Inductor's (`kernel`)."""
+    """Host microseconds of one call: of an operator, or of a kernel of Inductor's (`kernel`).
+    `step`: of a compiled graph's forward and backward beside its calls."""
 
     mm: float
     scaled_mm: float
@@ -59,6 +60,7 @@ class HostTimes:
     quantize_columns: float
     quantize_both: float
     kernel: float = 6.0
+    step: float = 550.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def _gemm(entry: dict[str, Any]) -> GemmRate:
 
 
 # Hopper: fitted to bench/results/time_model.json (one H200) by `hadagraph.fitting.fit`,
-# but for the host times, which are of an older, slower run: they err towards bf16.
+# but for the host times, which are of an older, slower run: they err towards bf16; `step` is what
+# single Linears of bench/results/small.json take beyond their calls.
 _TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 64))
 _HOPPER_GEMMS = (
     GemmRate("bf16", 900.0, 740.0, 205.0, 2.8, 0.88, _TILES, 2, 2.4),

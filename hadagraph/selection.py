@@ -15,11 +15,14 @@ from hadagraph.cost import (
     gemm_times,
     producer_times,
     quantizer_times,
+    step_times,
 )
 from hadagraph.device import DeviceProfile
 
 # Predictions are off by 5 to 10 %: a plan that gains less than this over bf16 may well lose.
 LEAST_GAIN = 0.03
+# The host's time differs by more than that from process to process.
+LEAST_GAIN_BY_HOST = 0.1
 # A Linear lowered in part keeps its operands in both precisions: more memory, and traffic that is
 # not counted. Its GEMMs stay only where that saves this share of their time in bf16.
 LEAST_GAIN_IN_PART = 0.1
@@ -92,11 +95,13 @@ class Choice:
 
 class Search:
     """From everything lowered, drops the GEMM, role or Linear that saves most as long as anything
-    does; then compares what is left with nothing lowered at all. `host`: whether launches cost the
-    host time, which they don't in a captured CUDA graph."""
+    does; then compares what is left with nothing lowered at all. `host`: whether the step and its
+    launches cost the host time, which they don't in a captured CUDA graph."""
 
     def __init__(self, parts: Sequence[Part], profile: DeviceProfile, host: bool) -> None:
         self.parts, self.profile, self.host = parts, profile, host
+        gemms = (candidate.gemm for part in parts for candidate in part.candidates)
+        self.step = step_times(profile, gemms) if host else Times()
         self.known: dict[tuple[int, Lowered], Times] = {}
         self.reasons: list[dict[int, str]] = [{} for _ in parts]
 
@@ -109,8 +114,9 @@ class Search:
             index, move = step
             self.reasons[index].update(dict.fromkeys(move, self.reason(lowered, index, move)))
             lowered[index] -= move
-        us = self.total(lowered).us
-        if us > (1 - LEAST_GAIN) * none_us and lowered != nothing:
+        total = self.total(lowered)
+        us, least = total.us, LEAST_GAIN_BY_HOST if total.host > total.device else LEAST_GAIN
+        if us > (1 - least) * none_us and lowered != nothing:
             reason = f"stays bf16: the graph is predicted at {us:.0f} us against {none_us:.0f} us"
             for index, left in enumerate(lowered):
                 self.reasons[index].update(dict.fromkeys(left - nothing[index], reason))
@@ -159,7 +165,7 @@ class Search:
         return total if self.host else Times(total.device)
 
     def total(self, lowered: Sequence[Lowered]) -> Times:
-        total = Times()
+        total = self.step
         for index, part in enumerate(self.parts):
             total += self.times(index, lowered[index]) * part.count
         return total

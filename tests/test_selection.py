@@ -11,19 +11,20 @@ from hypothesis import strategies as st
 
 from hadagraph.cost import Gemm, Matrix, Use
 from hadagraph.device import CHIPS
-from hadagraph.selection import LEAST_GAIN, Candidate, Part, Search
+from hadagraph.selection import LEAST_GAIN, LEAST_GAIN_BY_HOST, Candidate, Part, Search
 
 H200 = CHIPS["H200"]
 CHIP = st.sampled_from(list(CHIPS.values()))
 
 
-def linears(T, K, widths, *, format="int8", asked=False, count=1):
-    """Linears [K] -> widths that share their input of T tokens, forward and backward."""
-    x = Matrix("x", T, K, 2, given=False, fused=True)
+def linears(T, K, widths, *, format="int8", asked=False, count=1, given=False):
+    """Linears [K] -> widths that share their input of T tokens, forward and backward; given: input
+    and output gradient come from outside."""
+    x = Matrix("x", T, K, 2, given=given, fused=not given)
     candidates = []
     for index, N in enumerate(widths):
         w = Matrix(f"w{index}", N, K, 2, given=True)
-        e = Matrix(f"e{index}", T, N, 2, given=False)
+        e = Matrix(f"e{index}", T, N, 2, given=given)
         kind = "rotated" if format == "int8" else "plain"
 
         def use(matrix, dim, backward=True, kind=kind):
@@ -71,7 +72,7 @@ def test_no_choice_is_worse_than_all_or_nothing(profile, parts, host):
     choice = search.run()
     assert choice.us == search.total(choice.lowered).us
     assert choice.us <= choice.none_us
-    assert choice.us <= choice.all_us / (1 - LEAST_GAIN)
+    assert choice.us <= choice.all_us / (1 - LEAST_GAIN_BY_HOST)
     assert choice.us == choice.none_us or choice.us <= (1 - LEAST_GAIN) * choice.none_us
     for part, lowered, reasons in zip(parts, choice.lowered, choice.reasons, strict=True):
         everything = set(range(len(part.candidates)))
@@ -112,6 +113,27 @@ def test_launches_decide_unless_they_are_captured():
     assert not any(launched.lowered) and any(captured.lowered)
     reasons = {reason for found in launched.reasons for reason in found.values()}
     assert any("us of launches by the host against" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("T", "K", "N"), [(8192, 8192, 1280), (8192, 1024, 8192), (2048, 3584, 8192)]
+)
+def test_a_lone_linear_must_hide_the_step_and_its_launches(T, K, N):
+    """Faster on the device, but the host is slower: bench/results/small.json has such steps."""
+    lone = linears(T, K, (N,), given=True)
+    launched, captured = (Search([lone], H200, host).run() for host in (True, False))
+    assert not any(launched.lowered) and launched.us == launched.none_us
+    assert all(captured.lowered) and captured.us < 0.9 * captured.none_us
+    assert all(Search([linears(4 * T, K, (N,), given=True)], H200, host=True).run().lowered)
+
+
+@pytest.mark.parametrize(("backward", "step"), [(True, 550.0), (False, 275.0)])
+def test_a_step_without_a_backward_costs_the_host_half(backward, step):
+    part = linears(1, 1, (1,))
+    if not backward:
+        part = Part(part.candidates[:1])
+    profile = replace(H200, host=replace(H200.host, mm=0.0, kernel=0.0, step=550.0))
+    assert Search([part], profile, host=True).run().none_us == step
 
 
 def test_a_losing_linear_goes_and_the_others_stay():

@@ -38,7 +38,7 @@ SLOW = replace(
     ),
     host=replace(
         H200.host, mm=0.0, scaled_mm=0.0, quantize_rows=0.0, quantize_columns=0.0,
-        quantize_both=0.0, kernel=0.0,
+        quantize_both=0.0, kernel=0.0, step=0.0,
     ),
 )  # fmt: skip
 
