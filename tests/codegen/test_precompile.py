@@ -117,7 +117,17 @@ def launched(request, tensors):
     return launch.ordinary(*tensors)
 
 
-@pytest.mark.parametrize(
+def compile_here(op, arguments):
+    """In this process, as a worker does; the request."""
+    request = precompile.requests_for(op, arguments, HOPPER)[-1]
+    target = (TARGET.backend, TARGET.arch, TARGET.warp_size)
+    path, environment = str(kernel_module(request.spec).__file__), workers.triton_environment()
+    given = (path, request.spec.name, request.integers, target, environment)
+    assert workers.compile_kernel(*given) > 0
+    return request
+
+
+LAUNCHES = pytest.mark.parametrize(
     ("op", "arguments", "shapes"),
     [
         # integers that are 1, a multiple of 16, and neither
@@ -137,42 +147,33 @@ def launched(request, tensors):
         ),
     ],
 )
+
+
+@LAUNCHES
 def test_a_launch_finds_what_was_compiled_ahead(device, monkeypatch, op, arguments, shapes):
-    request = precompile.requests_for(op, arguments, HOPPER)[-1]
-    path = str(kernel_module(request.spec).__file__)
-    target = (TARGET.backend, TARGET.arch, TARGET.warp_size)
-    environment = workers.triton_environment()
-    given = (path, request.spec.name, request.integers, target, environment)
     hits = []
     monkeypatch.setattr(
         triton.knobs.compilation, "listener", lambda *, cache_hit, **_: hits.append(cache_hit)
     )
-    assert workers.compile_kernel(*given) > 0
+    request = compile_here(op, arguments)
     assert driver.active is device
+    assert launched(request, tensors_of(request, shapes)) is not None
+    assert hits == [False, True]
+
+
+def tensors_of(request, shapes):
+    """Aligned ones for the arguments of its kernel."""
     kinds = [kind for kind in kernel_module(request.spec).SIGNATURE.values() if kind != "i32"]
     dtypes = [workers.stand_in(kind) for kind in kinds]
     dtypes = [getattr(each, "base", each).dtype for each in dtypes]
     tensors = [torch.empty(*s, dtype=d) for s, d in zip(shapes, dtypes, strict=True)]
     assert not any(tensor.data_ptr() % 16 for tensor in tensors)
-    assert launched(request, tensors) is not None
-    assert hits == [False, True]
+    return tensors
 
 
-ROWS = ("quantize_rows", (matrix(16, 96), H32))
-
-
-def compile_here(op, arguments):
-    """In this process, as a worker does; the request."""
-    request = precompile.requests_for(op, arguments, HOPPER)[-1]
-    target = (TARGET.backend, TARGET.arch, TARGET.warp_size)
-    path, environment = str(kernel_module(request.spec).__file__), workers.triton_environment()
-    given = (path, request.spec.name, request.integers, target, environment)
-    assert workers.compile_kernel(*given) > 0
-    return request
-
-
+@LAUNCHES
 @pytest.mark.skipif(not hasattr(nvidia, "make_launcher"), reason="one launcher for all kernels")
-def test_the_first_launch_finds_its_launcher_built(device, monkeypatch):
+def test_the_first_launch_finds_its_launcher_built(device, monkeypatch, op, arguments, shapes):
     """With triton 3.6, which has a C compiler build one for each signature."""
     built = []
 
@@ -185,16 +186,11 @@ def test_the_first_launch_finds_its_launcher_built(device, monkeypatch):
     monkeypatch.setattr(nvidia, "library_dirs", list)  # there is no driver here
     loaded = SimpleNamespace(launch=lambda *_: None)
     monkeypatch.setattr(triton.runtime.build, "_load_module_from_path", lambda *_: loaded)
-    request = compile_here(*ROWS)
+    request = compile_here(op, arguments)
     assert len(built) == 1
-    compiled = launched(request, [torch.empty(16, 96, dtype=torch.bfloat16), *outputs_of_rows()])
+    compiled = launched(request, tensors_of(request, shapes))
     nvidia.CudaLauncher(compiled.src, compiled.metadata)
     assert len(built) == 1
-
-
-def outputs_of_rows():
-    matrix = torch.empty(32, 32, dtype=torch.bfloat16)
-    return matrix, torch.empty(16, 96, dtype=torch.int8), torch.empty(16)
 
 
 def test_a_launcher_that_cannot_be_built_loses_no_kernel(device, monkeypatch, caplog):
@@ -204,7 +200,7 @@ def test_a_launcher_that_cannot_be_built_loses_no_kernel(device, monkeypatch, ca
     monkeypatch.setattr(nvidia, "make_launcher", refused, raising=False)
     monkeypatch.setattr(nvidia, "CudaLauncher", refused)
     with caplog.at_level(logging.DEBUG, logger="hadagraph.codegen.direct"):
-        compile_here(*ROWS)
+        compile_here("quantize_rows", (matrix(16, 96), H32))
     assert "its launcher is built at the first launch" in caplog.text
 
 
