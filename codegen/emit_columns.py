@@ -167,7 +167,8 @@ def _chained_token(spec: Columns, chain: Chain, token: int, outputs: list[int]) 
     lines += chain_steps(chain)
     for output in outputs:
         name = f"x{output}_{token}"
-        lines += chain_output(chain, output, name, f"({spec.columns},)", t_inside)
+        shape = f"({spec.columns},)"
+        lines += chain_output(chain, output, name, shape, t_inside, (MATRIX, ROWS))
     return lines
 
 

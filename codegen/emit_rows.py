@@ -141,7 +141,9 @@ def _chained_part(
     return [
         *load_inputs(chain, places),
         *chain_steps(chain),
-        *chain_output(chain, 0, f"x{part}", f"(ROWS * GROUPS, {spec.width})", column_mask),
+        *chain_output(
+            chain, 0, f"x{part}", f"(ROWS * GROUPS, {spec.width})", column_mask, (MATRIX, COLUMNS)
+        ),
         *(opaque(f"x{part}", spec.input_dtype) if chain.steps else ()),
     ]
 

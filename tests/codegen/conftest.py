@@ -70,17 +70,26 @@ def _interpret_chains() -> None:
     interpreter.InterpreterBuilder.cast_impl = cast_impl
 
     def function(compute):  # type: ignore[no-untyped-def]
-        def of_tensor(x, *rest):  # type: ignore[no-untyped-def]
-            rest = [getattr(getattr(y, "handle", None), "data", y) for y in rest]
+        def of_tensors(*given):  # type: ignore[no-untyped-def]
+            values = [getattr(getattr(x, "handle", None), "data", x) for x in given]
             with np.errstate(all="ignore"):
-                data = compute(x.handle.data, *rest).astype(np.float32)
-            return tl.tensor(interpreter.TensorHandle(data, tl.float32), x.type)
+                data = compute(*values).astype(np.float32)
+            (shape, *_) = [x.type for x in given if isinstance(x, tl.tensor)]
+            return tl.tensor(interpreter.TensorHandle(data, tl.float32), shape)
 
-        return of_tensor
+        return of_tensors
 
     erf = np.vectorize(math.erf, otypes=[np.float32])
-    computed = {"exp": np.exp, "tanh": np.tanh, "rsqrt": lambda x: 1 / np.sqrt(x), "erf": erf}
-    for name, compute in (computed | {"pow": np.power}).items():
+    computed = {
+        "exp": np.exp,
+        "exp2": np.exp2,
+        "fast_dividef": lambda x, y: np.where(np.abs(y) > 2.0**126, 0.0, np.divide(x, y)),
+        "tanh": np.tanh,
+        "rsqrt": lambda x: 1 / np.sqrt(x),
+        "erf": erf,
+        "pow": np.power,
+    }
+    for name, compute in computed.items():
         setattr(libdevice, name, function(compute))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from kernel_checks import CHAINS
+from torch._subclasses import FakeTensorMode
 
 from hadagraph.codegen import tune
 from hadagraph.codegen.choose import select_scaled_mm
@@ -104,18 +106,48 @@ def test_only_the_lines_that_a_kernel_in_gluon_needs():
 
 def test_only_the_lines_that_a_chain_needs():
     rows, amax = (emit(cases()[f"chain_{name}"]) for name in ("rows", "column_amax"))
-    assert "libdevice" not in rows
     assert "mask" not in rows.replace("mask=finite", "")
     assert rows.count("tl.store(value_ptr") == 4  # as many parts
     assert amax.count("tl.load(v0_t_ptr") == amax.count("tl.load(v1_t_ptr") == 32
     assert amax.count("tl.store(value0_t_ptr") == 32
     rms_norm = specs_for("quantize_chain", chain("rms_norm", "", H32, False), (9, 0))
     write = emit(rms_norm[1])
+    assert "libdevice" not in write
     assert "value0" not in write
     assert write.count("tl.load(v2_ptr") == 1
     gelu = specs_for("quantize_chain", chain("gelu_tanh", "", H32, False), (9, 0))[0]
     assert "libdevice.tanh" in emit(gelu)
     assert "import libdevice" in emit(gelu)
+
+
+@pytest.mark.parametrize(
+    ("text", "of_rows", "of_columns"),
+    [
+        (CHAINS["silu_mul"], True, True),
+        (CHAINS["silu_mul_three"], True, True),
+        (CHAINS["gelu_tanh"], True, True),
+        # one value a row, which columns that are not there have too
+        (CHAINS["rms_norm"], False, False),
+        ("in bf16 matrix; in fp32 rows; mul %0 %1; out %2 bf16", False, True),
+        ("in bf16 matrix; in bf16 columns; mul %0 %1; out %2 bf16", True, False),
+        # not 0 of zeros, or only where a function is exact
+        (CHAINS["offset"], False, False),
+        ("in bf16 matrix; exp %0; sub %1 1.0; out %2 bf16", False, False),
+        ("in bf16 matrix; rsqrt %0; mul %0 %1; out %2 bf16", False, False),
+    ],
+)
+def test_an_output_that_is_0_of_zeros_is_not_chosen(text, of_rows, of_columns):
+    """Where a tile reaches beyond the matrix, elements must be 0: by a choice, if not as made."""
+    parsed = Chain.parse(text)
+    x = torch.empty(90, 100, dtype=torch.bfloat16, device="meta")
+    count, inputs = len(parsed.outputs), [x] * len(parsed.inputs)
+    for row, column, free in ((H32, "", of_rows), ("", H32, of_columns)):
+        arguments = (inputs, text, [row] * count, [column] * count, [False] * count)
+        with FakeTensorMode():  # as while a graph is compiled
+            sources = [emit(spec) for spec in specs_for("quantize_chain", arguments, (9, 0))]
+        made = [line for source in sources for line in re.findall(r"^ +x\d\w* = .*", source, re.M)]
+        chosen = [line for line in made if "tl.where(" in line]
+        assert made and bool(chosen) == (not free)
 
 
 def test_the_stored_file_is_whole_and_shared(tmp_path):

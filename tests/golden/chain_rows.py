@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 OPTIONS = {'num_warps': 8, 'num_stages': 2, 'enable_fp_fusion': False}
 SIGNATURE = {
@@ -45,7 +46,7 @@ def chain_quantize_rows_int8_h128_bf16(
     v0 = tl.load(v0_ptrs).to(tl.float32)
     v1_ptrs = v1_ptr + row.to(tl.int64)[:, None] * v1_stride + column + i[None, :]
     v1 = tl.load(v1_ptrs).to(tl.float32)
-    v2 = tl.sigmoid(v0)
+    v2 = libdevice.fast_dividef(1.0, 1.0 + libdevice.exp2(v0 * -1.4426950408889634))
     v3 = v0 * v2
     v4 = v3.to(tl.bfloat16).to(tl.float32)
     v5 = v4 * v1
@@ -55,7 +56,7 @@ def chain_quantize_rows_int8_h128_bf16(
     v0 = tl.load(v0_ptrs).to(tl.float32)
     v1_ptrs = v1_ptr + row.to(tl.int64)[:, None] * v1_stride + column + i[None, :] + 32
     v1 = tl.load(v1_ptrs).to(tl.float32)
-    v2 = tl.sigmoid(v0)
+    v2 = libdevice.fast_dividef(1.0, 1.0 + libdevice.exp2(v0 * -1.4426950408889634))
     v3 = v0 * v2
     v4 = v3.to(tl.bfloat16).to(tl.float32)
     v5 = v4 * v1
@@ -65,7 +66,7 @@ def chain_quantize_rows_int8_h128_bf16(
     v0 = tl.load(v0_ptrs).to(tl.float32)
     v1_ptrs = v1_ptr + row.to(tl.int64)[:, None] * v1_stride + column + i[None, :] + 64
     v1 = tl.load(v1_ptrs).to(tl.float32)
-    v2 = tl.sigmoid(v0)
+    v2 = libdevice.fast_dividef(1.0, 1.0 + libdevice.exp2(v0 * -1.4426950408889634))
     v3 = v0 * v2
     v4 = v3.to(tl.bfloat16).to(tl.float32)
     v5 = v4 * v1
@@ -75,7 +76,7 @@ def chain_quantize_rows_int8_h128_bf16(
     v0 = tl.load(v0_ptrs).to(tl.float32)
     v1_ptrs = v1_ptr + row.to(tl.int64)[:, None] * v1_stride + column + i[None, :] + 96
     v1 = tl.load(v1_ptrs).to(tl.float32)
-    v2 = tl.sigmoid(v0)
+    v2 = libdevice.fast_dividef(1.0, 1.0 + libdevice.exp2(v0 * -1.4426950408889634))
     v3 = v0 * v2
     v4 = v3.to(tl.bfloat16).to(tl.float32)
     v5 = v4 * v1
