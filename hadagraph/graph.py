@@ -48,7 +48,7 @@ def create(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -
         node.meta["val"] = target(*values)
     else:
         with fake_mode:
-            node.meta["val"] = target(*values)
+            node.meta["val"] = ops.FAKE_OF.get(target, target)(*values)
     inherit_meta(node, like)
     return node
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import FLOATS, matrices, traced
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hadagraph import ops
@@ -56,8 +56,9 @@ def assert_fake_agrees(op, *args):
     real = op(*args)
     with FakeTensorMode() as mode:
         fakes = tree_map(lambda a: mode.from_tensor(a) if torch.is_tensor(a) else a, args)
-        fake = op(*fakes)
-    assert described(fake) == described(real)
+        fake, directly = op(*fakes), ops.FAKE_OF[op](*fakes)
+    assert described(fake) == described(directly) == described(real)
+    assert {type(t) for t in tree_leaves(directly)} == {FakeTensor}
     return real
 
 
