@@ -7,7 +7,7 @@ Value %i of a chain is named vi, in fp32. Its shape is that of the tile, or one 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -110,21 +110,29 @@ def chain_output(
 
 @lru_cache(maxsize=256)
 def zero_of_zeros(chain: Chain, index: int, zeroed: tuple[str, ...]) -> bool:
-    """Whether the output is 0 wherever the inputs of these shapes are, however well a device
-    approximates: silu(gate) * up is, exp(x) - 1 is not taken to be."""
-    read = _inputs_of(chain, chain.outputs[index].value.index)
-    if any(chain.inputs[each].shape not in zeroed for each in read):
+    """Whether the output is 0, and not -0, wherever the inputs of these shapes are, also where what
+    devices approximate is off by 0.1 % and more: silu(gate) * up is, exp(x) - 1 is not taken to be.
+    """
+    made = chain.outputs[index].value.index
+    if any(chain.inputs[each].shape not in zeroed for each in _inputs_of(chain)[made]):
         return False
-    with unset_fake_temporarily(), torch.device("cpu"):
-        values = [torch.zeros(()) for _ in chain.inputs]
-        for step in chain.steps:
-            operands = [
-                values[each.index] if isinstance(each, Value) else torch.tensor(each)
-                for each in step.operands
-            ]
-            error = 1e-3 if step.op in APPROXIMATED else 0.0
-            values.append(STEPS[step.op](*operands) * (1 + error))
-        return bool(values[chain.outputs[index].value.index] == 0)
+    with unset_fake_temporarily():
+        return all(_bits_of_zeros(chain, made, error) == 0 for error in (1e-3, -1e-3))
+
+
+def _bits_of_zeros(chain: Chain, index: int, error: float) -> int:
+    """The value's bits where every input is 0, and each approximation is off by another multiple
+    of `error`."""
+    number = partial(torch.tensor, dtype=torch.float32, device="cpu")
+    values = [number(0.0) for _ in chain.inputs]
+    for place, step in enumerate(chain.steps, 1):
+        operands = [
+            values[each.index] if isinstance(each, Value) else number(each)
+            for each in step.operands
+        ]
+        result = STEPS[step.op](*operands)
+        values.append(result * (1 + place * error) if step.op in APPROXIMATED else result)
+    return int(values[index].view(torch.int32))
 
 
 def opaque(name: str, dtype: str) -> Lines:
@@ -141,17 +149,14 @@ def opaque(name: str, dtype: str) -> Lines:
 
 def _spans_tile(chain: Chain, index: int) -> bool:
     """Whether the value depends on a matrix; others have only one row or column, or one element."""
-    return any(chain.inputs[each].shape == MATRIX for each in _inputs_of(chain, index))
+    return any(chain.inputs[each].shape == MATRIX for each in _inputs_of(chain)[index])
 
 
-def _inputs_of(chain: Chain, index: int) -> set[int]:
-    """The inputs on which the value depends."""
-    if index < len(chain.inputs):
-        return {index}
-    operands = chain.steps[index - len(chain.inputs)].operands
-    return {
-        found
-        for each in operands
-        if isinstance(each, Value)
-        for found in _inputs_of(chain, each.index)
-    }
+@lru_cache(maxsize=256)
+def _inputs_of(chain: Chain) -> tuple[frozenset[int], ...]:
+    """Of each value the inputs on which it depends."""
+    found = [frozenset({index}) for index in range(len(chain.inputs))]
+    for step in chain.steps:
+        read = [found[each.index] for each in step.operands if isinstance(each, Value)]
+        found.append(frozenset().union(*read))
+    return tuple(found)

@@ -192,15 +192,14 @@ class Pricing:
 class Search:
     """Chooses for all parts of a graph. budget: dB that every GEMM is predicted to reach, or it
     stays in high precision. profile: None where nothing is known of the device; then the most
-    precise option is taken. host: whether launches cost the host time."""
+    precise option is taken. host: whether a step and its launches cost the host time."""
 
     def __init__(
         self, parts: Sequence[Part], profile: DeviceProfile | None, budget: float, host: bool
     ) -> None:
         self.parts, self.profile, self.budget, self.host = parts, profile, budget, host
         self.pricing = [Pricing(part, profile) for part in parts] if profile else []
-        gemms = (site.options[0].gemm for part in parts for site in part.sites)
-        self.step = step_times(profile, gemms) if profile and host else Times()
+        self.step = step_times(profile) if profile and host else Times()
         self.by_host = False
 
     def run(self) -> Choice:
@@ -277,7 +276,8 @@ class Search:
         return times.host + 1e-3 * times.device if self.by_host else times.device
 
     def us(self, chosen: Sequence[Choices]) -> float:
-        """Predicted microseconds of all parts with these options."""
+        """Predicted microseconds of all parts with these options, or of the host with a step of the
+        graph, if that is slower."""
         return self._total(chosen).us
 
     def _total(self, chosen: Sequence[Choices]) -> Times:

@@ -150,7 +150,8 @@ def _print_device(device: torch.device, console: Console) -> None:
 
 def _gemm_rates(profile: DeviceProfile) -> Table:
     copy = profile.copy_bytes_per_us / 1e6
-    table = Table(title=f"GEMMs of {profile.name}; copy {copy:.2f} TB/s")
+    step = f"the host beside launches {profile.host.step:.0f} us a step"
+    table = Table(title=f"GEMMs of {profile.name}; copy {copy:.2f} TB/s; {step}")
     for column in ("format", "TFLOP/s in a tile", "sustained", "launch, us", "host, us"):
         table.add_column(column, justify="right")
     for rate in profile.gemms:
@@ -238,7 +239,8 @@ def _profile_to_plan_for(config: Config) -> DeviceProfile | None:
 
 def _table(compared: Sequence[Comparison], profile: DeviceProfile | None) -> Table:
     where = f"on {profile.name} ({profile.source})" if profile else "without a device's profile"
-    table = Table(title=f"predicted {where}: GEMMs and their operands, forward and backward")
+    what = "GEMMs and their operands, or the host, forward and backward"
+    table = Table(title=f"predicted {where}: {what}")
     for column in ("recipe", "us", "of bf16", "lowered", "emulated", "worst, dB", "worst GEMM"):
         table.add_column(column, justify="left" if column in ("recipe", "worst GEMM") else "right")
     for each in compared:

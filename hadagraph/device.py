@@ -52,7 +52,8 @@ class QuantizerRate:
 @dataclass(frozen=True)
 class HostTimes:
     """Host microseconds of one call: of an operator, or of a kernel of Inductor's (`kernel`).
-    `step`: of a compiled graph's forward and backward beside its calls."""
+    `step`: of a compiled graph's forward and backward beside its calls (of a forward alone no more
+    than that)."""
 
     mm: float
     scaled_mm: float

@@ -123,8 +123,8 @@ class Decision:
 
 @dataclass(frozen=True)
 class Predicted:
-    """Microseconds of a graph's GEMMs and their operands: as planned, with all lowered that a
-    recipe asks for, and in high precision."""
+    """Microseconds of a graph's GEMMs and their operands, or of the host: as planned, with all
+    lowered that a recipe asks for, and in high precision."""
 
     us: float
     all_us: float

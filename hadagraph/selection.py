@@ -83,8 +83,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Choice:
-    """What to lower of each part, why the rest is not, and the predicted times: of the choice, of
-    everything lowered, and of nothing but what was asked for."""
+    """What to lower of each part, why the rest is not, and the predicted times of the slower side,
+    device or host: of the choice, of everything lowered, and of nothing but what was asked for."""
 
     lowered: tuple[Lowered, ...]
     reasons: tuple[dict[int, str], ...]
@@ -100,8 +100,7 @@ class Search:
 
     def __init__(self, parts: Sequence[Part], profile: DeviceProfile, host: bool) -> None:
         self.parts, self.profile, self.host = parts, profile, host
-        gemms = (candidate.gemm for part in parts for candidate in part.candidates)
-        self.step = step_times(profile, gemms) if host else Times()
+        self.step = step_times(profile) if host else Times()
         self.known: dict[tuple[int, Lowered], Times] = {}
         self.reasons: list[dict[int, str]] = [{} for _ in parts]
 

@@ -57,9 +57,9 @@ def never_slower(
     symbols = _symbols(graph)
     decisions = [_without(decision, reasons, symbols) for decision in plan.decisions]
     note = (
-        f"predicted on {profile.name} ({profile.source}): GEMMs and their operands "
-        f"{choice.us:.0f} us, all lowered {choice.all_us:.0f} us, bf16 {choice.none_us:.0f} us"
-        f"{symbols}"
+        f"predicted on {profile.name} ({profile.source}): GEMMs and their operands, "
+        f"or the host, {choice.us:.0f} us, all lowered {choice.all_us:.0f} us, "
+        f"bf16 {choice.none_us:.0f} us{symbols}"
     )
     log.info(note)
     note = "\n".join(filter(None, (plan.note, note)))

@@ -260,3 +260,11 @@ def test_launches_count_unless_captured(host):
     parts = block(512, 1024, 2048, 256)
     choice = run(parts, busy, 15.0, host)
     assert (choice.us > 1e4) == host
+
+
+@pytest.mark.parametrize("host", [True, False])
+def test_a_step_counts_unless_captured(host):
+    late = replace(H200, host=replace(H200.host, step=1e4))
+    difference = run(block(512, 1024, 2048, 256), late, 15.0, host).us
+    difference -= run(block(512, 1024, 2048, 256), H200, 15.0, host).us
+    assert (difference > 8e3) == host and (host or difference == 0)

@@ -15,6 +15,7 @@ from hadagraph.codegen import tune
 from hadagraph.codegen.choose import select_scaled_mm
 from hadagraph.codegen.emit import emit
 from hadagraph.codegen.listing import specs_for
+from hadagraph.codegen.pointwise import zero_of_zeros
 from hadagraph.codegen.spec import VECTORS, ColumnWriteSpec, KernelSpec
 from hadagraph.codegen.store import load_module, write_source
 from hadagraph.region import Chain
@@ -130,10 +131,15 @@ def test_only_the_lines_that_a_chain_needs():
         (CHAINS["rms_norm"], False, False),
         ("in bf16 matrix; in fp32 rows; mul %0 %1; out %2 bf16", False, True),
         ("in bf16 matrix; in bf16 columns; mul %0 %1; out %2 bf16", True, False),
+        ("in bf16 matrix; in fp32 scalar; mul %0 %1; out %2 bf16", False, False),
         # not 0 of zeros, or only where a function is exact
         (CHAINS["offset"], False, False),
         ("in bf16 matrix; exp %0; sub %1 1.0; out %2 bf16", False, False),
         ("in bf16 matrix; rsqrt %0; mul %0 %1; out %2 bf16", False, False),
+        ("in bf16 matrix; exp %0; sub 1.0 %1; relu %2; out %3 bf16", False, False),
+        ("in bf16 matrix; sigmoid %0; add %1 %1; exp %0; sub %2 %3; out %4 bf16", False, False),
+        ("in bf16 matrix; neg %0; out %1 bf16", False, False),
+        ("in bf16 matrix; add %0 1.001; sub %1 1.0; out %2 bf16", False, False),
     ],
 )
 def test_an_output_that_is_0_of_zeros_is_not_chosen(text, of_rows, of_columns):
@@ -148,6 +154,24 @@ def test_an_output_that_is_0_of_zeros_is_not_chosen(text, of_rows, of_columns):
         made = [line for source in sources for line in re.findall(r"^ +x\d\w* = .*", source, re.M)]
         chosen = [line for line in made if "tl.where(" in line]
         assert made and bool(chosen) == (not free)
+
+
+def test_what_is_0_of_zeros_does_not_depend_on_the_default_dtype():
+    chain = Chain.parse("in bf16 matrix; add %0 1.001; sub %1 1.0; out %2 bf16")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert not zero_of_zeros(chain, 0, ("matrix",))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_long_chain_is_emitted_at_once():
+    """Every value is read twice: 2^60 ways from the output to the input."""
+    steps = [f"sigmoid %{2 * i}; mul %{2 * i} %{2 * i + 1}" for i in range(60)]
+    text = f"in bf16 matrix; {'; '.join(steps)}; out %120 bf16"
+    x = torch.empty(90, 100, dtype=torch.bfloat16, device="meta")
+    (spec,) = specs_for("quantize_chain", ([x], text, [H32], [""], [False]), (9, 0))
+    assert "tl.where(column" not in emit(spec)
 
 
 def test_the_stored_file_is_whole_and_shared(tmp_path):

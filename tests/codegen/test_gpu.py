@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from kernel_checks import (
     CHAINS,
     assert_quantized,
@@ -385,6 +387,28 @@ def test_chains_keep_what_is_not_finite():
     for layouts in LAYOUTS:
         for recipe in RECIPES:
             run_chain("add", 150, 272, of_layouts(recipe, layouts), inputs=[x, y])
+
+
+@triton.jit
+def _sigmoid(x_ptr, out_ptr):
+    i = tl.program_id(0) * 256 + tl.arange(0, 256)
+    tl.store(out_ptr + i, tl.sigmoid(tl.load(x_ptr + i).to(tl.float32)))
+
+
+@pytest.mark.parametrize("layouts", [(H128, ""), ("", H32)])
+def test_the_sigmoid_of_chains_has_the_bits_of_tritons(layouts):
+    """Of every bf16 down to -87.3; below that it is nothing, where Triton's is under 1.2e-38."""
+    x = torch.arange(1 << 16, device="cuda").to(torch.int16).view(torch.bfloat16)
+    expected = torch.empty(1 << 16, device="cuda")
+    _sigmoid[(256,)](x, expected)
+    text = "in bf16 matrix; sigmoid %0; out %1 fp32"
+    rows, columns = ([layout] for layout in layouts)
+    arguments = ([x.view(256, 256)], text, rows, columns, [True], CAPABILITY)
+    got = launch.quantize_chain(*arguments)[-1].flatten()
+    exact = ~(x < -87.3)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.nan_to_num()[exact], expected.nan_to_num()[exact])
+    assert bool(((got - expected).abs()[~exact] < 1.2e-38).all())
 
 
 def test_chain_operator_in_a_cuda_graph():

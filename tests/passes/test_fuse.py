@@ -278,6 +278,16 @@ def test_a_later_matrix_moves_the_quantizer():
     fused(function, (20, 32), (20, 32))
 
 
+def test_a_joined_quantizer_stands_after_all_that_it_reads():
+    def function(x, other):
+        first = by_rows(x * other)
+        late = other @ torch.ones(32, 32)
+        return first, by_rows(x.neg() * other * late)
+
+    graph, _ = fused(function, (20, 32), (20, 32))
+    assert len(only_chain(graph)[1].outputs) == 2
+
+
 def test_a_graph_without_quantizers_has_no_regions():
     _, regions = fused(lambda x: x.sin())
     assert regions == ()

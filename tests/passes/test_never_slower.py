@@ -87,7 +87,7 @@ def test_losers_go_and_alike_layers_are_alike(large):
 def test_the_note_says_what_is_predicted(large):
     plan = never_slower(*large, H200)
     assert plan.note.startswith(
-        "predicted on H200 (measured on one H200): GEMMs and their operands "
+        "predicted on H200 (measured on one H200): GEMMs and their operands, or the host, "
     )
     assert "; s" not in plan.note
     assert Plan.from_json(plan.to_json()) == plan
