@@ -1,7 +1,7 @@
 """Races schedules and configurations of chain kernels (`codegen/choose_chains`) on a GPU, beside
 the same work unfused: the chain compiled by Inductor, then the quantizers of its outputs.
 
-    python bench/chain_race.py --out bench/results/chain_race.json [--quick]
+    python bench/chain_race.py --out bench/results/chain_race.json [--quick] [--cases NAME ...]
 """
 
 from __future__ import annotations
@@ -33,17 +33,19 @@ SILU_MUL_BACKWARD = (
     "mul %0 %5; mul %0 %2; cast_bf16 %7; sub 1.0 %3; mul %1 %9; add %10 1.0; mul %3 %11; "
     "mul %8 %12; out %13 bf16; out %6 bf16"
 )
+SILU_MUL_THREE = SILU_MUL_BACKWARD.replace("; out", "; mul %5 %2; out", 1) + "; out %14 bf16"
 RMS_NORM = (
     "in bf16 matrix; in fp32 rows; in bf16 columns; mul %0 %1; cast_bf16 %3; mul %4 %2; out %5 bf16"
 )
 ADD = "in bf16 matrix; in bf16 matrix; add %0 %1; out %2 bf16"
-# name, chain, K, rows, columns, value wanted
+# name, chain, K, rows and columns (of all outputs, or of each), value wanted
 CASES = (
     ("silu_mul rows", SILU_MUL, 14336, ROWS, "", False),
     ("silu_mul rows fp8", SILU_MUL, 14336, FP8, "", False),
     ("silu_mul columns", SILU_MUL, 14336, "", COLUMNS, False),
     ("silu_mul backward", SILU_MUL_BACKWARD, 14336, ROWS, COLUMNS, False),
     ("silu_mul backward fp8", SILU_MUL_BACKWARD, 14336, FP8, FP8, False),
+    ("silu_mul backward, again", SILU_MUL_THREE, 14336, (ROWS, ROWS, ""), COLUMNS, False),
     ("silu_mul backward rows", SILU_MUL_BACKWARD, 14336, ROWS, "", False),
     ("silu_mul both", SILU_MUL, 14336, ROWS, COLUMNS, False),
     ("rms_norm rows", RMS_NORM, 4096, ROWS, "", False),
@@ -82,10 +84,15 @@ def eager(chain: Chain, *inputs: torch.Tensor) -> list[torch.Tensor]:
     return [values[out.value.index].to(CHAIN_DTYPES[out.dtype]) for out in chain.outputs]
 
 
-def unfused(compiled: Any, inputs: list[torch.Tensor], row: str, column: str) -> list[Any]:
+def unfused(
+    compiled: Any, inputs: list[torch.Tensor], rows: list[str], columns: list[str]
+) -> list[Any]:
     capability = torch.cuda.get_device_capability()
-    encodings = [Encoding.parse(text) if text else None for text in (row, column)]
-    return [launch.quantize(x, *encodings, capability) for x in compiled(*inputs)]
+    results = []
+    for x, *texts in zip(compiled(*inputs), rows, columns, strict=True):
+        encodings = [Encoding.parse(text) if text else None for text in texts]
+        results.append(launch.quantize(x, *encodings, capability))
+    return results
 
 
 def race(case: tuple[Any, ...], copy: float, repeats: int, quick: bool) -> dict[str, Any]:
@@ -94,10 +101,13 @@ def race(case: tuple[Any, ...], copy: float, repeats: int, quick: bool) -> dict[
     count = len(chain.outputs)
     capability = torch.cuda.get_device_capability()
     sets = [inputs_of(chain, K) for _ in range(buffer_sets(T * K * 2 * len(chain.inputs)))]
-    lists = ([row] * count, [column] * count, [value] * count)
+    rows, columns = (
+        [each] * count if isinstance(each, str) else list(each) for each in (row, column)
+    )
+    lists = (rows, columns, [value] * count)
     wanted = wanted_of(*lists)
     compiled = torch.compile(partial(eager, chain), dynamic=False)
-    calls = [partial(unfused, compiled, inputs, row, column) for inputs in sets]
+    calls = [partial(unfused, compiled, inputs, rows, columns) for inputs in sets]
     entries: list[dict[str, Any]] = [{"how": "unfused", "ms": median_ms(calls, repeats)}]
     passes = list(tune.columns_candidates(capability)) if column else []
     configs = [*(tune.chain_rows_candidates(capability) if row else ()), *passes]
@@ -130,11 +140,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--quick", action="store_true", help="the tables' configurations only")
     parser.add_argument("--repeats", type=int, default=15)
+    names = [name for name, *_ in CASES]
+    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="NAME")
     args = parser.parse_args()
     copy = copy_bandwidth(args.repeats)
     content = header("chain_race", args) | {"copy_bytes_per_s": copy, "cases": []}
     print(f"copy {copy / 1e12:.2f} TB/s")
-    for case in CASES:
+    for case in (case for case in CASES if case[0] in args.cases):
         content["cases"].append(race(case, copy, args.repeats, args.quick))
         save(content, args.out)
 

@@ -208,6 +208,7 @@ CHAIN_ROWS_RACED: dict[str, tuple[RowsConfig, ...]] = {
         RowsConfig(64, 4, 2, True, True, 2),
         RowsConfig(128, 8, 2, True, True, 1),
         RowsConfig(32, 2, 2, False, True, width=32),
+        RowsConfig(128, 4, 3, False, True, width=32),
         RowsConfig(128, 16, 2, False, True, width=32),
         RowsConfig(128, 8, 2, False, True, width=64),
         RowsConfig(128, 8, 1, True, True, 2, width=32),
