@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -162,8 +161,9 @@ def test_environment_variables_fill_in(monkeypatch, tmp_path):
     monkeypatch.setenv("HADAGRAPH_DEBUG", "1")
     config = parse_options(None, {})
     assert (config.dump, config.debug) == (str(tmp_path), True)
-    config = parse_options(None, {"dump": "elsewhere", "debug": False})
-    assert (config.dump, config.debug) == ("elsewhere", False)
+    elsewhere = str(tmp_path / "elsewhere")
+    config = parse_options(None, {"dump": elsewhere, "debug": False})
+    assert (config.dump, config.debug) == (elsewhere, False)
 
 
 @pytest.mark.parametrize("text", ["", "0"])
@@ -172,8 +172,8 @@ def test_debug_may_be_off_in_the_environment(monkeypatch, text):
     assert not parse_options(None, None).debug
 
 
-def test_a_path_is_a_dump_folder():
-    assert parse_options(None, {"dump": Path("a") / "b"}).dump == str(Path("a") / "b")
+def test_a_path_is_a_dump_folder(tmp_path):
+    assert parse_options(None, {"dump": tmp_path / "b"}).dump == str(tmp_path / "b")
 
 
 def test_the_cache_key_covers_every_option_but_the_dump():
