@@ -121,17 +121,17 @@ def zero_of_zeros(chain: Chain, index: int, zeroed: tuple[str, ...]) -> bool:
 
 
 def _bits_of_zeros(chain: Chain, index: int, error: float) -> int:
-    """The value's bits where every input is 0, and each approximation is off by another multiple
-    of `error`."""
+    """The value's bits where every input is 0, and approximations are off by different multiples
+    of `error`, of which no length of the chain makes a factor of 0."""
     number = partial(torch.tensor, dtype=torch.float32, device="cpu")
     values = [number(0.0) for _ in chain.inputs]
-    for place, step in enumerate(chain.steps, 1):
+    for place, step in enumerate(chain.steps):
         operands = [
             values[each.index] if isinstance(each, Value) else number(each)
             for each in step.operands
         ]
-        result = STEPS[step.op](*operands)
-        values.append(result * (1 + place * error) if step.op in APPROXIMATED else result)
+        off = (1 + place % 89) * error if step.op in APPROXIMATED else 0.0
+        values.append(STEPS[step.op](*operands) * (1 + off))
     return int(values[index].view(torch.int32))
 
 

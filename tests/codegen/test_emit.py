@@ -165,6 +165,17 @@ def test_what_is_0_of_zeros_does_not_depend_on_the_default_dtype():
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("before", [0, 87, 88, 89, 998, 999, 1000])
+def test_no_length_of_a_chain_hides_what_an_approximation_makes(before):
+    steps = ["add %0 0.0", *(f"add %{i} 0.0" for i in range(1, before))][:before]
+    text = f"in bf16 matrix; {''.join(f'{step}; ' for step in steps)}exp %{before}; "
+    chain = Chain.parse(f"{text}out %{before + 1} bf16")
+    assert not zero_of_zeros(chain, 0, ("matrix",))
+    assert zero_of_zeros(
+        Chain.parse(f"{text}mul %{before + 1} %0; out %{before + 2} bf16"), 0, ("matrix",)
+    )
+
+
 def test_a_long_chain_is_emitted_at_once():
     """Every value is read twice: 2^60 ways from the output to the input."""
     steps = [f"sigmoid %{2 * i}; mul %{2 * i} %{2 * i + 1}" for i in range(60)]
