@@ -25,17 +25,25 @@ from hadagraph.region import Chain
 T = 16384
 ROWS, COLUMNS = "int8/per_kept_index/h128", "int8/per_kept_index/h32"
 FP8 = "fp8_e4m3/per_kept_index"
+# As in a Llama block: gate, up -> silu(gate) * up; with grad_output -> grad_up, grad_gate, and
+# between them silu(gate) * up again.
 SILU_MUL = (
-    "in bf16 matrix; in bf16 matrix; sigmoid %0; mul %0 %2; cast_bf16 %3; mul %4 %1; out %5 bf16"
+    "in bf16 matrix; in bf16 matrix; neg %0; exp %2; add %3 1.0; div %0 %4; cast_bf16 %5; "
+    "mul %6 %1; cast_bf16 %7; out %8 bf16"
 )
 SILU_MUL_BACKWARD = (
-    "in bf16 matrix; in bf16 matrix; in bf16 matrix; sigmoid %1; mul %1 %3; cast_bf16 %4; "
-    "mul %0 %5; mul %0 %2; cast_bf16 %7; sub 1.0 %3; mul %1 %9; add %10 1.0; mul %3 %11; "
-    "mul %8 %12; out %13 bf16; out %6 bf16"
+    "in bf16 matrix; in bf16 matrix; in bf16 matrix; neg %0; exp %3; add %4 1.0; div %0 %5; "
+    "cast_bf16 %6; mul %2 %7; cast_bf16 %8; mul %2 %1; cast_bf16 %10; sigmoid %0; mul %11 %12; "
+    "sub 1.0 %12; mul %0 %14; add %15 1.0; mul %13 %16; cast_bf16 %17; out %9 bf16; out %18 bf16"
 )
-SILU_MUL_THREE = SILU_MUL_BACKWARD.replace("; out", "; mul %5 %2; out", 1) + "; out %14 bf16"
+SILU_MUL_THREE = (
+    "in bf16 matrix; in bf16 matrix; in bf16 matrix; neg %0; exp %3; add %4 1.0; div %0 %5; "
+    "cast_bf16 %6; mul %7 %1; cast_bf16 %8; mul %2 %7; cast_bf16 %10; mul %2 %1; cast_bf16 %12; "
+    "sigmoid %0; mul %13 %14; sub 1.0 %14; mul %0 %16; add %17 1.0; mul %15 %18; cast_bf16 %19; "
+    "out %11 bf16; out %9 bf16; out %20 bf16"
+)
 RMS_NORM = (
-    "in bf16 matrix; in fp32 rows; in bf16 columns; mul %0 %1; cast_bf16 %3; mul %4 %2; out %5 bf16"
+    "in bf16 matrix; in fp32 rows; in bf16 columns; mul %0 %1; mul %3 %2; cast_bf16 %4; out %5 bf16"
 )
 ADD = "in bf16 matrix; in bf16 matrix; add %0 %1; out %2 bf16"
 # name, chain, K, rows and columns (of all outputs, or of each), value wanted
@@ -45,7 +53,7 @@ CASES = (
     ("silu_mul columns", SILU_MUL, 14336, "", COLUMNS, False),
     ("silu_mul backward", SILU_MUL_BACKWARD, 14336, ROWS, COLUMNS, False),
     ("silu_mul backward fp8", SILU_MUL_BACKWARD, 14336, FP8, FP8, False),
-    ("silu_mul backward, again", SILU_MUL_THREE, 14336, (ROWS, ROWS, ""), COLUMNS, False),
+    ("silu_mul backward, again", SILU_MUL_THREE, 14336, (ROWS, "", ROWS), COLUMNS, False),
     ("silu_mul backward rows", SILU_MUL_BACKWARD, 14336, ROWS, "", False),
     ("silu_mul both", SILU_MUL, 14336, ROWS, COLUMNS, False),
     ("rms_norm rows", RMS_NORM, 4096, ROWS, "", False),
@@ -69,6 +77,9 @@ def eager(chain: Chain, *inputs: torch.Tensor) -> list[torch.Tensor]:
         "add": torch.add,
         "sub": lambda a, b: a - b,
         "mul": torch.mul,
+        "div": torch.div,
+        "neg": torch.neg,
+        "exp": torch.exp,
         "sigmoid": torch.sigmoid,
         "cast_bf16": lambda a: a.bfloat16().float(),
     }

@@ -101,7 +101,7 @@ def select_quantize(
     if columns is not None and not both and by_butterflies(columns):
         by_table = butterflies_win(capability) and not isinstance(config, TilesConfig)
         if by_table or isinstance(config, ColumnsConfig):
-            table_columns = columns_configuration(T, K, None, capability)
+            table_columns = columns_configuration(T, K, capability)
             columns_config = config if isinstance(config, ColumnsConfig) else table_columns
             apart = K if stride is None else stride
             return _columns_plan(T, K, dtype, columns, capability, columns_config, apart)

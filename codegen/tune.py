@@ -232,17 +232,9 @@ _CHAIN_COLUMNS = (
         VectorsConfig(128, 32, 2, literal=False), VectorsConfig(128, 64, 4, 64, literal=False)
     ),
 )
-# Of three outputs or more.
-_WIDE_CHAIN_COLUMNS = (
-    ColumnsConfig(VectorsConfig(256, 128, 8), VectorsConfig(128, 128, 4, 64, backward=True)),
-    ColumnsConfig(
-        VectorsConfig(128, 32, 4, literal=False), VectorsConfig(128, 64, 4, 64, literal=False)
-    ),
-)
 _ANY_COLUMNS: dict[str, tuple[ColumnsConfig, ...]] = dict.fromkeys(
     ("short", "long", "chain"), _CHAIN_COLUMNS
 )
-_ANY_COLUMNS |= {"wide_chain": _WIDE_CHAIN_COLUMNS}
 COLUMNS: dict[str, dict[str, tuple[ColumnsConfig, ...]]] = {
     **dict.fromkeys(("sm_80", "sm_89", "sm_100", "sm_120", "fallback"), _ANY_COLUMNS),
     "sm_90": {
@@ -254,13 +246,11 @@ COLUMNS: dict[str, dict[str, tuple[ColumnsConfig, ...]]] = {
             *_COLUMNS,
         ),
         "chain": _CHAIN_COLUMNS,
-        "wide_chain": _WIDE_CHAIN_COLUMNS,
     },
 }
 COLUMNS_RACED: dict[str, tuple[ColumnsConfig, ...]] = {
     "sm_90": (
-        ColumnsConfig(VectorsConfig(256, 256, 4), VectorsConfig(128, 128, 2, 128, backward=True)),
-        ColumnsConfig(VectorsConfig(128, 256, 2), VectorsConfig(128, 128, 2, 128)),
+        ColumnsConfig(VectorsConfig(128, 256, 2), VectorsConfig(128, 128, 2, 64)),
         ColumnsConfig(
             VectorsConfig(256, 256, 4, tokens_first=True), VectorsConfig(256, 128, 4, 64)
         ),
@@ -356,13 +346,13 @@ def chain_rows_configuration(chain: Chain, K: int, capability: Capability) -> Ro
 
 
 def columns_configuration(
-    T: int, K: int, outputs: int | None, capability: Capability
+    T: int, K: int, capability: Capability, *, chain: bool = False
 ) -> ColumnsConfig:
-    """The first of the table's ladder whose maxima fill the SMs; the last if none does. `outputs`:
-    of the chain that makes the matrices, if one does."""
+    """The first of the table's ladder whose maxima fill the SMs; the last if none does. `chain`:
+    one makes the matrices."""
     case = "long" if row_groups(K) == MAX_ROW_TILE else "short"
-    if outputs is not None:
-        case = "chain" if outputs <= 2 else "wide_chain"
+    if chain:
+        case = "chain"
     ladder = COLUMNS[_table_key(capability)][case]
     for config in ladder:
         if -(-K // config.amax.columns) * -(-T // config.amax.tokens) >= SMS_ASSUMED:

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from again import assert_passes_interpreted, interpreter, starts_interpreter
 from kernel_checks import CHAINS, chain_inputs, check_chain
+from models import DecoderBlocks
 
+import hadagraph
 from hadagraph.codegen import calls, chains, launch, tune
 from hadagraph.codegen.choose import pass_fields
 from hadagraph.codegen.choose_chains import ChainSchedule, restricted, select_chain, wanted_of
@@ -55,10 +58,26 @@ def test_the_schedule_moves_the_fewest_bytes():
     assert bytes_of("rms_norm", ROTATED, H32, False) == (False, (2 + 1) + 2 + (2 + 1))
 
 
+def test_the_chains_of_a_llama_block_are_the_ones_tested_and_raced(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    import chain_race
+
+    for name in ("silu_mul", "silu_mul_backward", "rms_norm"):
+        assert getattr(chain_race, name.upper()) == CHAINS[name]
+    assert CHAINS["silu_mul_three"] == chain_race.SILU_MUL_THREE
+    model, x = DecoderBlocks(1).bfloat16(), torch.randn(2, 64, 128, dtype=torch.bfloat16)
+    options = {"executor": "eager", "recipe": "int8_rotated"}
+    torch.compile(model, backend="hadagraph", options=options)(x).sum().backward()
+    report = hadagraph.report()[-1]
+    fused = {region.chain for region in report.regions if region.chain}
+    assert fused == {CHAINS[name] for name in ("silu_mul", "silu_mul_three", "rms_norm")}
+
+
 def test_what_an_output_needs_of_a_chain():
     chain = Chain.parse(CHAINS["silu_mul_backward"])
-    up = "in bf16 matrix; in bf16 matrix; sigmoid %1; mul %1 %2; cast_bf16 %3; mul %0 %4; "
-    assert restricted(chain, [1]) == (Chain.parse(up + "out %5 bf16"), (0, 1))
+    up = "in bf16 matrix; in bf16 matrix; neg %0; exp %2; add %3 1.0; div %0 %4; cast_bf16 %5; "
+    up += "mul %1 %6; cast_bf16 %7; out %8 bf16"
+    assert restricted(chain, [0]) == (Chain.parse(up), (0, 2))
     assert restricted(chain, [0, 1]) == (chain, (0, 1, 2))
     # a matrix is read even if no output needs it: it has their shape
     broadcast = Chain.parse("in bf16 matrix; in fp32 rows; neg %1; out %2 bf16; out %0 bf16")
@@ -82,7 +101,7 @@ def test_an_output_is_finished_and_its_value_freed_before_the_next(monkeypatch):
     monkeypatch.setattr(launch, "_READY", {})
     monkeypatch.setattr(calls, "launch_of", lambda *_: lambda *tensors: None)
     inputs = chain_inputs(CHAINS["silu_mul_three"], 256, 256, exact=True)
-    rows, columns, element = [ROTATED, ROTATED, ""], [H32] * 3, inputs[0].numel()
+    rows, columns, element = [ROTATED, "", ROTATED], [H32] * 3, inputs[0].numel()
     arguments = (inputs, CHAINS["silu_mul_three"], rows, columns)
     results = launch.quantize_chain(*arguments, [False] * 3, SM90)
     # All three values with the codes of the one layout; not those of all five.

@@ -15,7 +15,7 @@ from hadagraph.codegen import tune
 from hadagraph.codegen.choose import select_scaled_mm
 from hadagraph.codegen.emit import emit
 from hadagraph.codegen.listing import specs_for
-from hadagraph.codegen.pointwise import zero_of_zeros
+from hadagraph.codegen.pointwise import chain_steps, zero_of_zeros
 from hadagraph.codegen.spec import VECTORS, ColumnWriteSpec, KernelSpec
 from hadagraph.codegen.store import load_module, write_source
 from hadagraph.region import Chain
@@ -119,6 +119,32 @@ def test_only_the_lines_that_a_chain_needs():
     gelu = specs_for("quantize_chain", chain("gelu_tanh", "", H32, False), (9, 0))[0]
     assert "libdevice.tanh" in emit(gelu)
     assert "import libdevice" in emit(gelu)
+
+
+@pytest.mark.parametrize(
+    ("steps", "is_silu"),
+    [
+        ("neg %0; exp %2; add %3 1.0; div %0 %4", True),
+        ("neg %0; exp %2; add %3 1.0; div %1 %4", False),
+        ("neg %0; exp %2; add %3 2.0; div %0 %4", False),
+        ("neg %0; exp %2; add %3 %1; div %0 %4", False),
+        ("abs %0; exp %2; add %3 1.0; div %0 %4", False),
+        ("exp %0; add %2 1.0; div %0 %3; neg %4", False),
+        ("neg %0; exp %2; add %3 1.0; div %4 %0", False),
+        ("neg %0; exp %2; add %3 1.0; div 1.0 %4", False),
+    ],
+)
+def test_only_silu_is_computed_by_its_sigmoid(steps, is_silu):
+    chain = Chain.parse(f"in bf16 matrix; in bf16 matrix; {steps}; out %5 bf16")
+    lines = chain_steps(chain)
+    assert ("fast_dividef" in lines[-1]) == is_silu
+    assert len(lines) == (1 if is_silu else 4)
+
+
+def test_what_reads_a_part_of_silu_too_has_it():
+    text = "in bf16 matrix; neg %0; exp %1; add %2 1.0; div %0 %3; mul %4 %2; out %5 bf16"
+    lines = chain_steps(Chain.parse(text))
+    assert [line.split(" = ")[0] for line in lines] == ["v1", "v2", "v4", "v5"]
 
 
 @pytest.mark.parametrize(

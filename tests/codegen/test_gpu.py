@@ -405,10 +405,29 @@ def test_the_sigmoid_of_chains_has_the_bits_of_tritons(layouts):
     rows, columns = ([layout] for layout in layouts)
     arguments = ([x.view(256, 256)], text, rows, columns, [True], CAPABILITY)
     got = launch.quantize_chain(*arguments)[-1].flatten()
-    exact = ~(x < -87.3)
+    exact = ~(x.float() < -87.3)  # a bf16 is compared with the nearest bf16, -87.5
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.equal(got.nan_to_num()[exact], expected.nan_to_num()[exact])
     assert bool(((got - expected).abs()[~exact] < 1.2e-38).all())
+
+
+@pytest.mark.parametrize("layouts", [(H128, ""), ("", H32)])
+def test_silu_of_chains_is_as_precise_as_fp32_allows(layouts):
+    """Decomposed as x / (exp(-x) + 1), for every bf16; below -87.3 it is 0 or under 1.2e-36."""
+    x = torch.arange(1 << 16, device="cuda").to(torch.int16).view(torch.bfloat16)
+    text = "in bf16 matrix; neg %0; exp %1; add %2 1.0; div %0 %3; out %4 fp32"
+    rows, columns = ([layout] for layout in layouts)
+    got = launch.quantize_chain([x.view(256, 256)], text, rows, columns, [True], CAPABILITY)[-1]
+    got, x = got.flatten().double(), x.double()
+    expected = x / (1 + torch.exp(-x))
+    minus_infinity = x == -torch.inf  # inf / inf
+    assert torch.equal(got.isnan(), x.isnan() | minus_infinity)
+    plus_infinity = x == torch.inf
+    assert bool((got[plus_infinity] == torch.inf).all())
+    error = (got - expected).abs()
+    exact = x.isfinite() & (x > -87.3) & (expected.abs() > 1.2e-38)
+    assert bool((error <= expected.abs() * 1e-7 * (4 + x.abs()))[exact].all())
+    assert bool((error < 1.2e-36)[x.isfinite() & ~exact].all())
 
 
 def test_chain_operator_in_a_cuda_graph():

@@ -25,7 +25,7 @@ from hadagraph.formats import Encoding
 SM90 = (9, 0)
 LAYOUTS = ("rows", "columns", "both")
 TMA_CONFIG = next(c for c in tune.tiles_candidates(SM90) if c.write.descriptors)
-COLUMNS_CONFIG = tune.columns_configuration(1 << 14, 1 << 12, None, SM90)
+COLUMNS_CONFIG = tune.columns_configuration(1 << 14, 1 << 12, SM90)
 ROTATED, PLAIN = "int8/per_kept_index/h128", "int8/per_kept_index"
 H32, H16 = "int8/per_kept_index/h32", "int8/per_kept_index/h16"
 
