@@ -206,7 +206,7 @@ def draw(content: dict[str, Any], png: Path) -> None:
     bars.set_ylabel("ms a step")
     bars.set_title(f"Step time by kind, {content['device']}")
     bars.legend(fontsize="small", loc="upper right", bbox_to_anchor=(1.0, 1.0))
-    bars.set_xlim(-0.5, len(measured) + 0.4)
+    bars.set_xlim(-0.5, len(measured) + 1.2)
     _draw_roof(roof, content, measured)
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=120)
