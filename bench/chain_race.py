@@ -25,26 +25,22 @@ from hadagraph.region import Chain
 T = 16384
 ROWS, COLUMNS = "int8/per_kept_index/h128", "int8/per_kept_index/h32"
 FP8 = "fp8_e4m3/per_kept_index"
-# As in a Llama block: gate, up -> silu(gate) * up; with grad_output -> grad_up, grad_gate, and
-# between them silu(gate) * up again.
+# As in a Llama block under Inductor: gate, up -> silu(gate) * up; with grad_output -> grad_up,
+# grad_gate, and between them silu(gate) * up again.
 SILU_MUL = (
-    "in bf16 matrix; in bf16 matrix; neg %0; exp %2; add %3 1.0; div %0 %4; cast_bf16 %5; "
-    "mul %6 %1; cast_bf16 %7; out %8 bf16"
+    "in bf16 matrix; in bf16 matrix; neg %0; exp %2; add %3 1.0; div %0 %4; mul %5 %1; out %6 bf16"
 )
 SILU_MUL_BACKWARD = (
     "in bf16 matrix; in bf16 matrix; in bf16 matrix; neg %0; exp %3; add %4 1.0; div %0 %5; "
-    "cast_bf16 %6; mul %2 %7; cast_bf16 %8; mul %2 %1; cast_bf16 %10; sigmoid %0; mul %11 %12; "
-    "sub 1.0 %12; mul %0 %14; add %15 1.0; mul %13 %16; cast_bf16 %17; out %9 bf16; out %18 bf16"
+    "mul %2 %6; mul %2 %1; sigmoid %0; mul %8 %9; sub 1.0 %9; mul %0 %11; add %12 1.0; "
+    "mul %10 %13; out %7 bf16; out %14 bf16"
 )
 SILU_MUL_THREE = (
     "in bf16 matrix; in bf16 matrix; in bf16 matrix; neg %0; exp %3; add %4 1.0; div %0 %5; "
-    "cast_bf16 %6; mul %7 %1; cast_bf16 %8; mul %2 %7; cast_bf16 %10; mul %2 %1; cast_bf16 %12; "
-    "sigmoid %0; mul %13 %14; sub 1.0 %14; mul %0 %16; add %17 1.0; mul %15 %18; cast_bf16 %19; "
-    "out %11 bf16; out %9 bf16; out %20 bf16"
+    "mul %6 %1; mul %2 %6; mul %2 %1; sigmoid %0; mul %9 %10; sub 1.0 %10; mul %0 %12; "
+    "add %13 1.0; mul %11 %14; out %8 bf16; out %7 bf16; out %15 bf16"
 )
-RMS_NORM = (
-    "in bf16 matrix; in fp32 rows; in bf16 columns; mul %0 %1; mul %3 %2; cast_bf16 %4; out %5 bf16"
-)
+RMS_NORM = "in bf16 matrix; in fp32 rows; in bf16 columns; mul %0 %1; mul %3 %2; out %4 bf16"
 ADD = "in bf16 matrix; in bf16 matrix; add %0 %1; out %2 bf16"
 # name, chain, K, rows and columns (of all outputs, or of each), value wanted
 CASES = (

@@ -136,21 +136,19 @@ CHAINS = {
     "mul %4 %1; mul %5 %2; add %6 %3; out %7 fp32",
     "two_dtypes": "in bf16 matrix; in bf16 matrix; sub %0 1.0; maximum %0 %1; out %2 fp16; "
     "out %3 bf16",
-    # silu(gate) * up and its backward as they are decomposed: gate, up, grad_output
-    "silu_mul": "in bf16 matrix; in bf16 matrix; neg %0; exp %2; add %3 1.0; div %0 %4; "
-    "cast_bf16 %5; mul %6 %1; cast_bf16 %7; out %8 bf16",
-    # -> grad_up, grad_gate
+    # Of a Llama block under Inductor: gate, up -> silu(gate) * up; with grad_output -> grad_up,
+    # silu(gate) * up again, grad_gate; and a norm.
+    "silu_mul": "in bf16 matrix; in bf16 matrix; neg %0; exp %2; add %3 1.0; div %0 %4; mul %5 %1; "
+    "out %6 bf16",
+    "silu_mul_three": "in bf16 matrix; in bf16 matrix; in bf16 matrix; neg %0; exp %3; "
+    "add %4 1.0; div %0 %5; mul %6 %1; mul %2 %6; mul %2 %1; sigmoid %0; mul %9 %10; sub 1.0 %10; "
+    "mul %0 %12; add %13 1.0; mul %11 %14; out %8 bf16; out %7 bf16; out %15 bf16",
+    "rms_norm": "in bf16 matrix; in fp32 rows; in bf16 columns; mul %0 %1; mul %3 %2; out %4 bf16",
+    # Of eager execution, every operation rounded: -> grad_up, grad_gate
     "silu_mul_backward": "in bf16 matrix; in bf16 matrix; in bf16 matrix; neg %0; exp %3; "
     "add %4 1.0; div %0 %5; cast_bf16 %6; mul %2 %7; cast_bf16 %8; mul %2 %1; cast_bf16 %10; "
     "sigmoid %0; mul %11 %12; sub 1.0 %12; mul %0 %14; add %15 1.0; mul %13 %16; cast_bf16 %17; "
     "out %9 bf16; out %18 bf16",
-    # -> grad_up, silu(gate) * up again, grad_gate
-    "silu_mul_three": "in bf16 matrix; in bf16 matrix; in bf16 matrix; neg %0; exp %3; "
-    "add %4 1.0; div %0 %5; cast_bf16 %6; mul %7 %1; cast_bf16 %8; mul %2 %7; cast_bf16 %10; "
-    "mul %2 %1; cast_bf16 %12; sigmoid %0; mul %13 %14; sub 1.0 %14; mul %0 %16; add %17 1.0; "
-    "mul %15 %18; cast_bf16 %19; out %11 bf16; out %9 bf16; out %20 bf16",
-    "rms_norm": "in bf16 matrix; in fp32 rows; in bf16 columns; mul %0 %1; mul %3 %2; "
-    "cast_bf16 %4; out %5 bf16",
     "gelu_tanh": "in fp16 matrix; mul %0 %0; mul %0 %1; mul %2 0.044715; add %0 %3; "
     "mul %4 0.7978845608028654; tanh %5; add %6 1.0; mul %0 0.5; mul %7 %8; out %9 fp16",
     "gelu_erf": "in fp32 matrix; mul %0 0.7071067811865476; erf %1; add %2 1.0; mul %0 0.5; "

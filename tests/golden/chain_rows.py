@@ -47,40 +47,32 @@ def chain_quantize_rows_int8_h128_bf16(
     v1_ptrs = v1_ptr + row.to(tl.int64)[:, None] * v1_stride + column + i[None, :]
     v1 = tl.load(v1_ptrs).to(tl.float32)
     v5 = v0 * libdevice.fast_dividef(1.0, 1.0 + libdevice.exp2(v0 * -1.4426950408889634))
-    v6 = v5.to(tl.bfloat16).to(tl.float32)
-    v7 = v6 * v1
-    v8 = v7.to(tl.bfloat16).to(tl.float32)
-    x0 = v8.to(tl.bfloat16)
+    v6 = v5 * v1
+    x0 = v6.to(tl.bfloat16)
     x0 = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x0], tl.bfloat16, False, 2)  # computed once
     v0_ptrs = v0_ptr + row.to(tl.int64)[:, None] * v0_stride + column + i[None, :] + 32
     v0 = tl.load(v0_ptrs).to(tl.float32)
     v1_ptrs = v1_ptr + row.to(tl.int64)[:, None] * v1_stride + column + i[None, :] + 32
     v1 = tl.load(v1_ptrs).to(tl.float32)
     v5 = v0 * libdevice.fast_dividef(1.0, 1.0 + libdevice.exp2(v0 * -1.4426950408889634))
-    v6 = v5.to(tl.bfloat16).to(tl.float32)
-    v7 = v6 * v1
-    v8 = v7.to(tl.bfloat16).to(tl.float32)
-    x1 = v8.to(tl.bfloat16)
+    v6 = v5 * v1
+    x1 = v6.to(tl.bfloat16)
     x1 = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x1], tl.bfloat16, False, 2)  # computed once
     v0_ptrs = v0_ptr + row.to(tl.int64)[:, None] * v0_stride + column + i[None, :] + 64
     v0 = tl.load(v0_ptrs).to(tl.float32)
     v1_ptrs = v1_ptr + row.to(tl.int64)[:, None] * v1_stride + column + i[None, :] + 64
     v1 = tl.load(v1_ptrs).to(tl.float32)
     v5 = v0 * libdevice.fast_dividef(1.0, 1.0 + libdevice.exp2(v0 * -1.4426950408889634))
-    v6 = v5.to(tl.bfloat16).to(tl.float32)
-    v7 = v6 * v1
-    v8 = v7.to(tl.bfloat16).to(tl.float32)
-    x2 = v8.to(tl.bfloat16)
+    v6 = v5 * v1
+    x2 = v6.to(tl.bfloat16)
     x2 = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x2], tl.bfloat16, False, 2)  # computed once
     v0_ptrs = v0_ptr + row.to(tl.int64)[:, None] * v0_stride + column + i[None, :] + 96
     v0 = tl.load(v0_ptrs).to(tl.float32)
     v1_ptrs = v1_ptr + row.to(tl.int64)[:, None] * v1_stride + column + i[None, :] + 96
     v1 = tl.load(v1_ptrs).to(tl.float32)
     v5 = v0 * libdevice.fast_dividef(1.0, 1.0 + libdevice.exp2(v0 * -1.4426950408889634))
-    v6 = v5.to(tl.bfloat16).to(tl.float32)
-    v7 = v6 * v1
-    v8 = v7.to(tl.bfloat16).to(tl.float32)
-    x3 = v8.to(tl.bfloat16)
+    v6 = v5 * v1
+    x3 = v6.to(tl.bfloat16)
     x3 = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x3], tl.bfloat16, False, 2)  # computed once
     tl.store(value_ptr + row.to(tl.int64)[:, None] * K + column + i[None, :], x0)
     tl.store(value_ptr + row.to(tl.int64)[:, None] * K + column + i[None, :] + 32, x1)
