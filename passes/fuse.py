@@ -1,6 +1,7 @@
 """Let each quantizing op of a partitioned graph compute the pointwise chain that makes its input,
 where that moves fewer bytes. Changes no value beyond what a compiler that fuses the same pointwise
-ops changes: between them nothing is rounded to the graph's dtype.
+ops changes: between them nothing is rounded to the graph's dtype, and on a GPU functions such as
+silu may be approximated differently, in the last bits of fp32.
 
     quantize_both(view(mul(silu(g), u))) -> quantize_chain([g, u], "...; mul %3 %1; out ...")
     two quantizers of chains that read the same matrix -> one quantize_chain with two outputs

@@ -128,6 +128,7 @@ def test_only_the_lines_that_a_chain_needs():
         ("neg %0; exp %2; add %3 1.0; div %1 %4", False),
         ("neg %0; exp %2; add %3 2.0; div %0 %4", False),
         ("neg %0; exp %2; add %3 %1; div %0 %4", False),
+        ("neg %0; exp %2; add 1.0 %3; div %0 %4", False),  # not how it is decomposed
         ("abs %0; exp %2; add %3 1.0; div %0 %4", False),
         ("exp %0; add %2 1.0; div %0 %3; neg %4", False),
         ("neg %0; exp %2; add %3 1.0; div %4 %0", False),
