@@ -77,7 +77,6 @@ def eager(chain: Chain, *inputs: torch.Tensor) -> list[torch.Tensor]:
         "neg": torch.neg,
         "exp": torch.exp,
         "sigmoid": torch.sigmoid,
-        "cast_bf16": lambda a: a.bfloat16().float(),
     }
     values = [
         x.float()[:, None] if each.shape == "rows" else x.float()

@@ -144,7 +144,11 @@ CHAINS = {
     "add %4 1.0; div %0 %5; mul %6 %1; mul %2 %6; mul %2 %1; sigmoid %0; mul %9 %10; sub 1.0 %10; "
     "mul %0 %12; add %13 1.0; mul %11 %14; out %8 bf16; out %7 bf16; out %15 bf16",
     "rms_norm": "in bf16 matrix; in fp32 rows; in bf16 columns; mul %0 %1; mul %3 %2; out %4 bf16",
-    # Of eager execution, every operation rounded: -> grad_up, grad_gate
+    # Of eager execution, every operation rounded: the three, and -> grad_up, grad_gate
+    "silu_mul_three_rounded": "in bf16 matrix; in bf16 matrix; in bf16 matrix; neg %0; exp %3; "
+    "add %4 1.0; div %0 %5; cast_bf16 %6; mul %7 %1; cast_bf16 %8; mul %2 %7; cast_bf16 %10; "
+    "mul %2 %1; cast_bf16 %12; sigmoid %0; mul %13 %14; sub 1.0 %14; mul %0 %16; add %17 1.0; "
+    "mul %15 %18; cast_bf16 %19; out %11 bf16; out %9 bf16; out %20 bf16",
     "silu_mul_backward": "in bf16 matrix; in bf16 matrix; in bf16 matrix; neg %0; exp %3; "
     "add %4 1.0; div %0 %5; cast_bf16 %6; mul %2 %7; cast_bf16 %8; mul %2 %1; cast_bf16 %10; "
     "sigmoid %0; mul %11 %12; sub 1.0 %12; mul %0 %14; add %15 1.0; mul %13 %16; cast_bf16 %17; "

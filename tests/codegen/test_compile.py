@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import subprocess
 import tempfile
@@ -59,17 +58,22 @@ def compiled(spec: KernelSpec, target: GPUTarget | None = None):
     return triton.compile(source, target=target, options=module.OPTIONS)
 
 
-def check_resources(spec: KernelSpec, *, spilled: float = 0) -> None:
+class Spilled(AssertionError):
+    """Registers did not suffice."""
+
+
+def check_resources(spec: KernelSpec, *, spills: bool = False) -> None:
     """The kernel uses the target's matrix instruction if it multiplies, fits shared memory, and on
-    Hopper spills at most so many bytes a thread."""
+    Hopper spills nothing unless it may."""
     kernel = compiled(spec)
     capability = spec.capability
     if "tl.dot" in emit(spec):
         alone = capability == (9, 0) and spec.warps < 4  # wgmma takes groups of four
         assert ("mma.sync" if alone else INSTRUCTION[capability]) in kernel.asm["ptx"]
     assert kernel.metadata.shared <= SHARED_LIMIT[capability]
-    if capability == (9, 0):
-        assert local_memory(kernel.asm["cubin"]) <= spilled
+    spilled = local_memory(kernel.asm["cubin"]) if capability == (9, 0) else 0
+    if spilled and not spills:
+        raise Spilled(f"{spec.name}: {spilled} bytes a thread")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,7 @@ def test_quantizers(capability, op, dtype):
     specs = specs_for(op, (x, *texts), capability)
     assert any("tl.dot" in emit(spec) for spec in specs)
     for spec in specs:
-        check_resources(spec, spilled=math.inf)
+        check_resources(spec, spills=True)
 
 
 @pytest.mark.parametrize("K", [4096, 8192, 14336])
@@ -106,15 +110,22 @@ CHAIN_CASES = {
     "silu_mul": (TEXT, ""),
     "silu_mul_backward": (TEXT, H32),
     "silu_mul_three": (TEXT, H32),
+    "silu_mul_three_rounded": (TEXT, H32),
     "gelu_tanh": ("", H32),
 }
+
+
+SPILLS = pytest.mark.xfail(
+    strict=True, raises=Spilled, reason="its first kernel spills 32 bytes a thread"
+)
 
 
 @pytest.mark.parametrize(
     ("capability", "name"),
     # Columns are not multiplied: of one source they differ in spills only, and compile for long.
     [*((each, "silu_mul") for each in INSTRUCTION), ((8, 0), "gelu_tanh")]
-    + [((9, 0), name) for name in CHAIN_CASES if name != "silu_mul"],
+    + [((9, 0), name) for name in CHAIN_CASES if name not in ("silu_mul", "silu_mul_three")]
+    + [pytest.param((9, 0), "silu_mul_three", marks=SPILLS)],
     ids=target_name,
 )
 def test_chains(capability, name):
@@ -124,11 +135,10 @@ def test_chains(capability, name):
     rows, columns = ([text] * count for text in CHAIN_CASES[name])
     arguments = ([x] * len(chain.inputs), str(chain), rows, columns, [False] * count)
     specs = specs_for("quantize_chain", arguments, capability)
-    kernels = {"silu_mul": 1, "silu_mul_backward": 5, "silu_mul_three": 7, "gelu_tanh": 2}
-    assert len(specs) == kernels[name]
-    # Three outputs take all registers of four warps and eight more, which eight warps don't.
+    kernels = {"silu_mul": 1, "silu_mul_backward": 5, "gelu_tanh": 2}
+    assert len(specs) == kernels.get(name, 7)
     for spec in dict.fromkeys(specs):
-        check_resources(spec, spilled=32 if len(getattr(spec, "blocks", ())) == 3 else 0)
+        check_resources(spec)
 
 
 def local_memory(cubin: bytes) -> int:
