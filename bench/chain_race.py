@@ -68,7 +68,7 @@ def inputs_of(chain: Chain, K: int) -> list[torch.Tensor]:
 
 
 def eager(chain: Chain, *inputs: torch.Tensor) -> list[torch.Tensor]:
-    """The chain as Inductor is given it: `CHAINS` of this benchmark use these operations only."""
+    """The chain as Inductor is given it: `CASES` use these operations only."""
     functions: dict[str, Any] = {
         "add": torch.add,
         "sub": lambda a, b: a - b,
