@@ -241,8 +241,8 @@ class _Planner:
     def _passes(self, source: Source) -> ColumnsConfig:
         if isinstance(self.config, ColumnsConfig):
             return self.config
-        chain = source.chain is not None
-        return columns_configuration(self.T, self.K, self.capability, chain=chain)
+        chained = 0 if source.chain is None else len(source.chain.outputs)
+        return columns_configuration(self.T, self.K, self.capability, chained=chained)
 
     def _first(self, outputs: list[int], stored: set[int]) -> FirstStep:
         source = Source(*restricted(self.chain, outputs))

@@ -232,9 +232,11 @@ _CHAIN_COLUMNS = (
         VectorsConfig(128, 32, 2, literal=False), VectorsConfig(128, 64, 4, 64, literal=False)
     ),
 )
-_ANY_COLUMNS: dict[str, tuple[ColumnsConfig, ...]] = dict.fromkeys(
-    ("short", "long", "chain"), _CHAIN_COLUMNS
-)
+# Of three outputs, that compute most: one column a thread, and many small programs, so that those
+# which wait for memory leave others to compute.
+_THREE_COLUMNS = (ColumnsConfig(VectorsConfig(64, 64, 2), _CHAIN_COLUMNS[0].write),)
+_CHAINS = {"chain": _CHAIN_COLUMNS, "three outputs": _THREE_COLUMNS}
+_ANY_COLUMNS = {"short": _CHAIN_COLUMNS, "long": _CHAIN_COLUMNS, **_CHAINS}
 COLUMNS: dict[str, dict[str, tuple[ColumnsConfig, ...]]] = {
     **dict.fromkeys(("sm_80", "sm_89", "sm_100", "sm_120", "fallback"), _ANY_COLUMNS),
     "sm_90": {
@@ -245,7 +247,7 @@ COLUMNS: dict[str, dict[str, tuple[ColumnsConfig, ...]]] = {
             ),
             *_COLUMNS,
         ),
-        "chain": _CHAIN_COLUMNS,
+        **_CHAINS,
     },
 }
 COLUMNS_RACED: dict[str, tuple[ColumnsConfig, ...]] = {
@@ -258,6 +260,7 @@ COLUMNS_RACED: dict[str, tuple[ColumnsConfig, ...]] = {
             VectorsConfig(256, 256, 4, literal=False), VectorsConfig(128, 64, 2, 64, literal=False)
         ),
         ColumnsConfig(VectorsConfig(256, 128, 8), VectorsConfig(128, 128, 2, 64, backward=True)),
+        ColumnsConfig(VectorsConfig(32, 64, 1), VectorsConfig(128, 128, 2, 64, backward=True)),
         ColumnsConfig(VectorsConfig(128, 128, 2), VectorsConfig(128, 32, 2)),
     ),
 }
@@ -346,13 +349,13 @@ def chain_rows_configuration(chain: Chain, K: int, capability: Capability) -> Ro
 
 
 def columns_configuration(
-    T: int, K: int, capability: Capability, *, chain: bool = False
+    T: int, K: int, capability: Capability, *, chained: int = 0
 ) -> ColumnsConfig:
-    """The first of the table's ladder whose maxima fill the SMs; the last if none does. `chain`:
-    one makes the matrices."""
+    """The first of the table's ladder whose maxima fill the SMs; the last if none does. `chained`:
+    how many matrices the kernel itself computes."""
     case = "long" if row_groups(K) == MAX_ROW_TILE else "short"
-    if chain:
-        case = "chain"
+    if chained:
+        case = "three outputs" if chained > 2 else "chain"
     ladder = COLUMNS[_table_key(capability)][case]
     for config in ladder:
         if -(-K // config.amax.columns) * -(-T // config.amax.tokens) >= SMS_ASSUMED:
