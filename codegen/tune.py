@@ -197,7 +197,7 @@ CHAIN_ROWS: dict[str, tuple[RowsConfig, RowsConfig]] = {
     "sm_89": (_LARGE_ROWS, _LARGE_ROWS),
     "sm_90": (
         RowsConfig(64, 4, 3, False, True, width=32),
-        RowsConfig(128, 8, 2, False, True, width=32),
+        RowsConfig(128, 8, 2, False, True, width=64),
     ),
     "sm_100": (_UNORDERED_ROWS, _UNORDERED_ROWS),
     "sm_120": (_ROWS, _ROWS),
@@ -210,8 +210,8 @@ CHAIN_ROWS_RACED: dict[str, tuple[RowsConfig, ...]] = {
         RowsConfig(32, 2, 2, False, True, width=32),
         RowsConfig(128, 4, 3, False, True, width=32),
         RowsConfig(128, 16, 2, False, True, width=32),
-        RowsConfig(128, 8, 2, False, True, width=64),
-        RowsConfig(128, 8, 1, True, True, 2, width=32),
+        RowsConfig(128, 8, 2, False, True, width=32),
+        RowsConfig(128, 8, 2, True, True, 2, width=64),
     ),
 }
 # Columns by butterflies. Ladders: the first configuration that gives every SM a program.
@@ -227,9 +227,9 @@ _COLUMNS = (
 )
 # One that computes has fewer columns a thread.
 _CHAIN_COLUMNS = (
-    ColumnsConfig(VectorsConfig(256, 128, 4), VectorsConfig(128, 128, 4, 64, backward=True)),
+    ColumnsConfig(VectorsConfig(256, 128, 4), VectorsConfig(64, 64, 1)),
     ColumnsConfig(
-        VectorsConfig(128, 32, 2, literal=False), VectorsConfig(128, 64, 4, 64, literal=False)
+        VectorsConfig(128, 32, 2, literal=False), VectorsConfig(64, 64, 1, literal=False)
     ),
 )
 # Of three outputs, that compute most: one column a thread, and many small programs, so that those
