@@ -38,8 +38,8 @@ def chain_quantize_rows_int8_h128_bf16(
     GROUPS: tl.constexpr = 32  # runs of 128 columns of a tile
     run = tl.arange(0, ROWS * GROUPS)  # counts (row, group)
     column = (run % GROUPS * 128)[:, None]  # the first of the run
-    i = tl.arange(0, 32)
-    matrix = tl.load(matrix_ptr + i[:, None] * 32 + i[None, :])  # [32, 32]
+    i = tl.arange(0, 64)
+    matrix = tl.load(matrix_ptr + i[:, None] * 64 + i[None, :])  # [64, 64]
     tile = tl.program_id(0)
     row = tile * ROWS + run // GROUPS
     v0_ptrs = v0_ptr + row.to(tl.int64)[:, None] * v0_stride + column + i[None, :]
@@ -50,49 +50,22 @@ def chain_quantize_rows_int8_h128_bf16(
     v6 = v5 * v1
     x0 = v6.to(tl.bfloat16)
     x0 = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x0], tl.bfloat16, False, 2)  # computed once
-    v0_ptrs = v0_ptr + row.to(tl.int64)[:, None] * v0_stride + column + i[None, :] + 32
-    v0 = tl.load(v0_ptrs).to(tl.float32)
-    v1_ptrs = v1_ptr + row.to(tl.int64)[:, None] * v1_stride + column + i[None, :] + 32
-    v1 = tl.load(v1_ptrs).to(tl.float32)
-    v5 = v0 * libdevice.fast_dividef(1.0, 1.0 + libdevice.exp2(v0 * -1.4426950408889634))
-    v6 = v5 * v1
-    x1 = v6.to(tl.bfloat16)
-    x1 = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x1], tl.bfloat16, False, 2)  # computed once
     v0_ptrs = v0_ptr + row.to(tl.int64)[:, None] * v0_stride + column + i[None, :] + 64
     v0 = tl.load(v0_ptrs).to(tl.float32)
     v1_ptrs = v1_ptr + row.to(tl.int64)[:, None] * v1_stride + column + i[None, :] + 64
     v1 = tl.load(v1_ptrs).to(tl.float32)
     v5 = v0 * libdevice.fast_dividef(1.0, 1.0 + libdevice.exp2(v0 * -1.4426950408889634))
     v6 = v5 * v1
-    x2 = v6.to(tl.bfloat16)
-    x2 = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x2], tl.bfloat16, False, 2)  # computed once
-    v0_ptrs = v0_ptr + row.to(tl.int64)[:, None] * v0_stride + column + i[None, :] + 96
-    v0 = tl.load(v0_ptrs).to(tl.float32)
-    v1_ptrs = v1_ptr + row.to(tl.int64)[:, None] * v1_stride + column + i[None, :] + 96
-    v1 = tl.load(v1_ptrs).to(tl.float32)
-    v5 = v0 * libdevice.fast_dividef(1.0, 1.0 + libdevice.exp2(v0 * -1.4426950408889634))
-    v6 = v5 * v1
-    x3 = v6.to(tl.bfloat16)
-    x3 = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x3], tl.bfloat16, False, 2)  # computed once
+    x1 = v6.to(tl.bfloat16)
+    x1 = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x1], tl.bfloat16, False, 2)  # computed once
     tl.store(value_ptr + row.to(tl.int64)[:, None] * K + column + i[None, :], x0)
-    tl.store(value_ptr + row.to(tl.int64)[:, None] * K + column + i[None, :] + 32, x1)
-    tl.store(value_ptr + row.to(tl.int64)[:, None] * K + column + i[None, :] + 64, x2)
-    tl.store(value_ptr + row.to(tl.int64)[:, None] * K + column + i[None, :] + 96, x3)
-    y0 = tl.dot(x0, matrix)  # [ROWS * GROUPS, 32] fp32, not normalized
-    y1 = tl.dot(x1, matrix)  # [ROWS * GROUPS, 32] fp32, not normalized
-    y2 = tl.dot(x2, matrix)  # [ROWS * GROUPS, 32] fp32, not normalized
-    y3 = tl.dot(x3, matrix)  # [ROWS * GROUPS, 32] fp32, not normalized
+    tl.store(value_ptr + row.to(tl.int64)[:, None] * K + column + i[None, :] + 64, x1)
+    y0 = tl.dot(x0, matrix)  # [ROWS * GROUPS, 64] fp32, not normalized
+    y1 = tl.dot(x1, matrix)  # [ROWS * GROUPS, 64] fp32, not normalized
     y0, y1 = y0 + y1, y0 - y1
-    y2, y3 = y2 + y3, y2 - y3
-    y0, y2 = y0 + y2, y0 - y2
-    y1, y3 = y1 + y3, y1 - y3
     m0 = tl.abs(y0)
     m1 = tl.abs(y1)
-    m2 = tl.abs(y2)
-    m3 = tl.abs(y3)
     m0 = tl.maximum(m0, m1, propagate_nan=tl.PropagateNan.ALL)
-    m2 = tl.maximum(m2, m3, propagate_nan=tl.PropagateNan.ALL)
-    m0 = tl.maximum(m0, m2, propagate_nan=tl.PropagateNan.ALL)
     largest = m0.to(tl.int32, bitcast=True)
     group_bits = tl.max(largest, axis=1)  # [ROWS * GROUPS]
     bits = tl.max(tl.reshape(group_bits, (ROWS, GROUPS)), axis=1)  # [ROWS]
@@ -106,21 +79,13 @@ def chain_quantize_rows_int8_h128_bf16(
     inverse = tl.reshape(tl.broadcast_to(row_inverse[:, None], (ROWS, GROUPS)), (ROWS * GROUPS,))[:, None]
     finite = tl.reshape(tl.broadcast_to(row_finite[:, None], (ROWS, GROUPS)), (ROWS * GROUPS,))[:, None]
     codes0 = (y0 * inverse + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-    codes0 = tl.reshape(codes0, (ROWS * GROUPS, 4, 4, 2))
-    codes0 = tl.reshape(tl.permute(codes0, (0, 2, 1, 3)), (ROWS * GROUPS, 32))
+    codes0 = tl.reshape(codes0, (ROWS * GROUPS, 8, 4, 2))
+    codes0 = tl.reshape(tl.permute(codes0, (0, 2, 1, 3)), (ROWS * GROUPS, 64))
     codes1 = (y1 * inverse + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-    codes1 = tl.reshape(codes1, (ROWS * GROUPS, 4, 4, 2))
-    codes1 = tl.reshape(tl.permute(codes1, (0, 2, 1, 3)), (ROWS * GROUPS, 32))
-    codes2 = (y2 * inverse + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-    codes2 = tl.reshape(codes2, (ROWS * GROUPS, 4, 4, 2))
-    codes2 = tl.reshape(tl.permute(codes2, (0, 2, 1, 3)), (ROWS * GROUPS, 32))
-    codes3 = (y3 * inverse + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-    codes3 = tl.reshape(codes3, (ROWS * GROUPS, 4, 4, 2))
-    codes3 = tl.reshape(tl.permute(codes3, (0, 2, 1, 3)), (ROWS * GROUPS, 32))
-    joined0_0 = tl.join(codes0, codes2)
-    joined0_1 = tl.join(codes1, codes3)
-    joined1_0 = tl.join(joined0_0, joined0_1)
-    codes = tl.reshape(tl.permute(joined1_0, (0, 2, 3, 1)), (ROWS * GROUPS, 128))
+    codes1 = tl.reshape(codes1, (ROWS * GROUPS, 8, 4, 2))
+    codes1 = tl.reshape(tl.permute(codes1, (0, 2, 1, 3)), (ROWS * GROUPS, 64))
+    joined0_0 = tl.join(codes0, codes1)
+    codes = tl.reshape(tl.permute(joined0_0, (0, 2, 1)), (ROWS * GROUPS, 128))
     codes_ptrs = codes_ptr + row.to(tl.int64)[:, None] * codes_stride + column + tl.arange(0, 128)[None, :]
     tl.store(codes_ptrs, codes, mask=finite)
     tl.store(codes_ptrs, tl.zeros((ROWS * GROUPS, 128), tl.float32).to(tl.int8), mask=finite == 0)
