@@ -22,7 +22,8 @@ TORCH_MIN := torch==2.11.0
 VENV_TORCH_MIN ?= .venv-torch-min
 # What must also hold on the oldest supported torch and its triton: passes, references, kernels
 # compiled ahead.
-TORCH_MIN_TESTS ?= tests/passes tests/codegen/test_precompile.py $(wildcard tests/test_reference*.py tests/test_rotation*.py)
+TORCH_MIN_TESTS ?= tests/passes tests/codegen/test_precompile.py tests/codegen/test_emit.py \
+    tests/codegen/test_chains.py $(wildcard tests/test_reference*.py tests/test_rotation*.py)
 
 ifdef PY
 READY :=

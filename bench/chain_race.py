@@ -40,7 +40,7 @@ T = 16384
 ROWS, COLUMNS = "int8/per_kept_index/h128", "int8/per_kept_index/h32"
 FP8 = "fp8_e4m3/per_kept_index"
 # As in a Llama block under Inductor: gate, up -> silu(gate) * up; with grad_output -> grad_up,
-# grad_gate, and between them silu(gate) * up again.
+# grad_gate, and between them silu(gate) * up again, which is of torch 2.13, and by exp of 2.11.
 SILU_MUL = (
     "in bf16 matrix; in bf16 matrix; neg %0; exp %2; add %3 1.0; div %0 %4; mul %5 %1; out %6 bf16"
 )
@@ -53,6 +53,11 @@ SILU_MUL_THREE = (
     "in bf16 matrix; in bf16 matrix; in bf16 matrix; neg %0; exp %3; add %4 1.0; div %0 %5; "
     "mul %6 %1; mul %2 %6; mul %2 %1; sigmoid %0; mul %9 %10; sub 1.0 %10; mul %0 %12; "
     "add %13 1.0; mul %11 %14; out %8 bf16; out %7 bf16; out %15 bf16"
+)
+SILU_MUL_THREE_BY_EXP = (
+    "in bf16 matrix; in bf16 matrix; in bf16 matrix; neg %0; exp %3; add %4 1.0; div %0 %5; "
+    "mul %6 %1; mul %2 %6; mul %2 %1; reciprocal %5; mul %10 1.0; mul %9 %11; sub 1.0 %11; "
+    "mul %0 %13; add %14 1.0; mul %12 %15; out %8 bf16; out %7 bf16; out %16 bf16"
 )
 RMS_NORM = "in bf16 matrix; in fp32 rows; in bf16 columns; mul %0 %1; mul %3 %2; out %4 bf16"
 ADD = "in bf16 matrix; in bf16 matrix; add %0 %1; out %2 bf16"
@@ -92,6 +97,13 @@ CASES = (
     Case("silu_mul backward", SILU_MUL_BACKWARD, 14336, ROWS, COLUMNS),
     Case("silu_mul backward fp8", SILU_MUL_BACKWARD, 14336, FP8, FP8),
     Case("silu_mul backward, again", SILU_MUL_THREE, 14336, (ROWS, "", ROWS), COLUMNS),
+    Case(
+        "silu_mul backward, again, by exp",
+        SILU_MUL_THREE_BY_EXP,
+        14336,
+        (ROWS, "", ROWS),
+        COLUMNS,
+    ),
     Case("silu_mul backward rows", SILU_MUL_BACKWARD, 14336, ROWS, ""),
     Case("silu_mul both", SILU_MUL, 14336, ROWS, COLUMNS),
     Case("rms_norm rows", RMS_NORM, 4096, ROWS, ""),
@@ -119,6 +131,7 @@ def eager(chain: Chain, *inputs: torch.Tensor) -> list[torch.Tensor]:
         "neg": torch.neg,
         "exp": torch.exp,
         "sigmoid": torch.sigmoid,
+        "reciprocal": torch.reciprocal,
     }
     values = [
         x.float()[:, None] if each.shape == "rows" else x.float()

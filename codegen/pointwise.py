@@ -43,9 +43,10 @@ EXPRESSIONS = {
     "cast_fp16": "{0}.to(tl.float16).to(tl.float32)",
 }
 
-# silu, which is decomposed as x / (exp(-x) + 1), by the sigmoid of x, which its backward needs too.
-# Its exp is off by 1e-7 * (2 + |x| * 3 / 4) of itself in fp32, more than libdevice's, and below
-# -87.3 it is 0. Of silu(gate) * up into rows that is 23 instructions an element, not 36 (sm_90).
+# silu, which is decomposed as x / (exp(-x) + 1), by the sigmoid of x, which its backward needs too
+# (before torch 2.12 as 1 / (exp(-x) + 1)). Its exp is off by 1e-7 * (2 + |x| * 3 / 4) of itself in
+# fp32, more than libdevice's, and below -87.3 it is 0. Of silu(gate) * up into rows that is 23
+# instructions an element, not 36 (sm_90).
 SILU = "{0} * " + EXPRESSIONS["sigmoid"]
 
 # What devices approximate, each in its own way.
@@ -86,28 +87,28 @@ def chain_steps(chain: Chain) -> Lines:
     for index, step in reversed(list(enumerate(chain.steps, first))):
         if index not in needed:
             continue
-        silu_of = _silu_of(chain, step)
-        read = step.operands if silu_of is None else (silu_of,)
+        expression, read = _by_sigmoid(chain, step) or (EXPRESSIONS[step.op], step.operands)
         needed |= {operand.index for operand in read if isinstance(operand, Value)}
         operands = [_operand(operand) for operand in read]
         if not any(isinstance(operand, Value) for operand in read):
             operands[0] = f"tl.full((), {operands[0]}, tl.float32)"
-        expression = EXPRESSIONS[step.op] if silu_of is None else SILU
         lines.append(f"v{index} = {expression.format(*operands)}")
     return lines[::-1]
 
 
-def _silu_of(chain: Chain, step: Step) -> Value | None:
-    """x where the step is x / (exp(-x) + 1), as silu is decomposed."""
-    if step.op != "div":
+def _by_sigmoid(chain: Chain, step: Step) -> tuple[str, tuple[Value]] | None:
+    """The expression of x, and x, where the step is x / (exp(-x) + 1) or 1 / (exp(-x) + 1)."""
+    if step.op not in ("div", "reciprocal"):
         return None
-    x, made = step.operands
+    *dividend, made = step.operands
     for op, *constants in (("add", 1.0), ("exp",), ("neg",)):
         before = _made_by(chain, made)
         if before is None or before.op != op or [*before.operands[1:]] != constants:
             return None
         made = before.operands[0]
-    return x if isinstance(x, Value) and made == x else None
+    if not isinstance(made, Value) or dividend not in ([], [made]):
+        return None
+    return (SILU if dividend else EXPRESSIONS["sigmoid"]), (made,)
 
 
 def _made_by(chain: Chain, operand: Value | float) -> Step | None:

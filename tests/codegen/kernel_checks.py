@@ -137,12 +137,16 @@ CHAINS = {
     "two_dtypes": "in bf16 matrix; in bf16 matrix; sub %0 1.0; maximum %0 %1; out %2 fp16; "
     "out %3 bf16",
     # Of a Llama block under Inductor: gate, up -> silu(gate) * up; with grad_output -> grad_up,
-    # silu(gate) * up again, grad_gate; and a norm.
+    # silu(gate) * up again, grad_gate, by torch 2.13 and by 2.11; and a norm.
     "silu_mul": "in bf16 matrix; in bf16 matrix; neg %0; exp %2; add %3 1.0; div %0 %4; mul %5 %1; "
     "out %6 bf16",
     "silu_mul_three": "in bf16 matrix; in bf16 matrix; in bf16 matrix; neg %0; exp %3; "
     "add %4 1.0; div %0 %5; mul %6 %1; mul %2 %6; mul %2 %1; sigmoid %0; mul %9 %10; sub 1.0 %10; "
     "mul %0 %12; add %13 1.0; mul %11 %14; out %8 bf16; out %7 bf16; out %15 bf16",
+    "silu_mul_three_by_exp": "in bf16 matrix; in bf16 matrix; in bf16 matrix; neg %0; exp %3; "
+    "add %4 1.0; div %0 %5; mul %6 %1; mul %2 %6; mul %2 %1; reciprocal %5; mul %10 1.0; "
+    "mul %9 %11; sub 1.0 %11; mul %0 %13; add %14 1.0; mul %12 %15; out %8 bf16; out %7 bf16; "
+    "out %16 bf16",
     "rms_norm": "in bf16 matrix; in fp32 rows; in bf16 columns; mul %0 %1; mul %3 %2; out %4 bf16",
     # Of eager execution, every operation rounded: the three, and -> grad_up, grad_gate
     "silu_mul_three_rounded": "in bf16 matrix; in bf16 matrix; in bf16 matrix; neg %0; exp %3; "

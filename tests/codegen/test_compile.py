@@ -105,6 +105,7 @@ CHAIN_CASES = {
     "silu_mul": (TEXT, ""),
     "silu_mul_backward": (TEXT, H32),
     "silu_mul_three": (TEXT, H32),
+    "silu_mul_three_by_exp": (TEXT, H32),
     "silu_mul_three_rounded": (TEXT, H32),
     "gelu_tanh": ("", H32),
 }
@@ -128,6 +129,18 @@ def test_chains(capability, name):
     assert len(specs) == kernels.get(name, 7)
     for spec in dict.fromkeys(specs):
         check_resources(spec)
+
+
+def test_the_code_of_silus_backward_does_not_depend_on_its_decomposition():
+    """SwiGLU's, with silu(gate) * up again, by torch 2.13 and by 2.11."""
+    x = torch.empty(16384, 14336, device="meta")
+    instructions = []
+    for name in ("silu_mul_three", "silu_mul_three_by_exp"):
+        call = ([x] * 3, CHAINS[name], [TEXT] * 3, [H32] * 3, [False] * 3)
+        ptx = compiled(specs_for("quantize_chain", call, (9, 0))[0]).asm["ptx"]
+        lines = re.findall(r"^\s+(?!\.)(.*;)", ptx, re.M)
+        instructions.append(lines)
+    assert instructions[0] == instructions[1] and len(instructions[0]) > 1000
 
 
 def local_memory(cubin: bytes) -> int:

@@ -15,7 +15,7 @@ from hadagraph.codegen import tune
 from hadagraph.codegen.choose import select_scaled_mm
 from hadagraph.codegen.emit import emit
 from hadagraph.codegen.listing import specs_for
-from hadagraph.codegen.pointwise import chain_steps, zero_of_zeros
+from hadagraph.codegen.pointwise import EXPRESSIONS, SILU, chain_steps, zero_of_zeros
 from hadagraph.codegen.spec import VECTORS, WIDTH, ColumnWriteSpec, KernelSpec
 from hadagraph.codegen.store import load_module, write_source
 from hadagraph.region import Chain
@@ -122,7 +122,7 @@ def test_only_the_lines_that_a_chain_needs():
 
 
 @pytest.mark.parametrize(
-    ("steps", "is_silu"),
+    ("steps", "by_sigmoid"),
     [
         ("neg %0; exp %2; add %3 1.0; div %0 %4", True),
         ("neg %0; exp %2; add %3 1.0; div %1 %4", False),
@@ -133,13 +133,32 @@ def test_only_the_lines_that_a_chain_needs():
         ("exp %0; add %2 1.0; div %0 %3; neg %4", False),
         ("neg %0; exp %2; add %3 1.0; div %4 %0", False),
         ("neg %0; exp %2; add %3 1.0; div 1.0 %4", False),
+        ("neg %0; exp %2; add %3 1.0; reciprocal %4", True),
+        ("neg %1; exp %2; add %3 1.0; reciprocal %4", True),
+        ("neg %0; exp %2; add %3 0.5; reciprocal %4", False),
+        ("exp %0; neg %2; add %3 1.0; reciprocal %4", False),
+        ("neg 1.0; exp %2; add %3 1.0; reciprocal %4", False),
     ],
 )
-def test_only_silu_is_computed_by_its_sigmoid(steps, is_silu):
+def test_only_silu_and_sigmoids_are_computed_by_a_sigmoid(steps, by_sigmoid):
     chain = Chain.parse(f"in bf16 matrix; in bf16 matrix; {steps}; out %5 bf16")
     lines = chain_steps(chain)
-    assert ("fast_dividef" in lines[-1]) == is_silu
-    assert len(lines) == (1 if is_silu else 4)
+    assert ("fast_dividef" in lines[-1]) == by_sigmoid
+    assert len(lines) == (1 if by_sigmoid else 4)
+
+
+def test_a_sigmoid_reads_its_own_argument():
+    text = "in bf16 matrix; in bf16 matrix; neg %1; exp %2; add %3 1.0; reciprocal %4; "
+    (line,) = chain_steps(Chain.parse(f"{text}mul %0 %1; out %5 bf16"))
+    assert line == f"v5 = {EXPRESSIONS['sigmoid'].format('v1')}"
+
+
+@pytest.mark.parametrize("name", ["silu_mul_three", "silu_mul_three_by_exp"])
+def test_silu_and_its_backward_by_one_sigmoid(name):
+    """As decomposed by torch 2.13, and by 2.11."""
+    expressions = [line.split(" = ")[1] for line in chain_steps(Chain.parse(CHAINS[name]))]
+    of_x = [each for each in expressions if "exp" in each]
+    assert of_x == [SILU.format("v0"), EXPRESSIONS["sigmoid"].format("v0")]
 
 
 def test_what_reads_a_part_of_silu_too_has_it():
@@ -153,6 +172,7 @@ def test_what_reads_a_part_of_silu_too_has_it():
     [
         (CHAINS["silu_mul"], True, True),
         (CHAINS["silu_mul_three"], True, True),
+        (CHAINS["silu_mul_three_by_exp"], True, True),
         (CHAINS["gelu_tanh"], True, True),
         # one value a row, which columns that are not there have too
         (CHAINS["rms_norm"], False, False),
