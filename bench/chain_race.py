@@ -157,8 +157,8 @@ def unfused(
 
 
 def candidates(case: Case, capability: Capability, quick: bool) -> dict[ChainPlan, Options]:
-    """What is raced: the table's configuration under every schedule, and the others under the
-    schedule that is chosen; one entry a plan, the table's first."""
+    """What is raced: the table's configuration under every schedule, and others, of the kernels
+    that compute the chain, under the schedule that is chosen; one a plan, the table's first."""
     chain = Chain.parse(case.chain)
     rest = (case.K, chain, wanted_of(*case.wanted), capability)
     options: list[Options] = [(None, None), *((None, schedule) for schedule in SCHEDULES)]
@@ -200,12 +200,13 @@ def behind_ms(calls: dict[str, list[Call]], multiply: Call, rounds: int) -> dict
         multiply()
     for turn in range(rounds):
         events = {}
-        for name, each in calls.items():
+        names = list(calls)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             for _ in range(GEMMS_BEFORE):
                 multiply()
             start.record()
-            each[turn % len(each)]()
+            calls[name][turn % len(calls[name])]()
             end.record()
             events[name] = start, end
         torch.cuda.synchronize()
@@ -238,7 +239,7 @@ def race(case: Case, copy: float, rounds: int, quick: bool) -> dict[str, Any]:
     entries: dict[str, dict[str, Any]] = {"unfused": {"how": "unfused"}}
     for number, (plan, options) in enumerate(plans.items()):
         entry: dict[str, Any] = {
-            "how": str(options[1] or "chosen schedule"),
+            "how": "outputs stored" if plan.stored else "outputs made again",
             "config": str(options[0] or "table"),
             "table": number == 0,
             "bytes": plan.bytes(T, case.K),

@@ -162,6 +162,11 @@ class ChainPlan:
         tiles = (spec for step in self.tiles for spec in step.plan.specs)
         return (*first, *rows, *columns, *tiles)
 
+    @property
+    def stored(self) -> bool:
+        """Whether the first kernel writes outputs."""
+        return self.first is not None and any(self.first.spec.values)
+
     def bytes(self, T: int, K: int) -> int:
         """Device memory traffic of all kernels."""
         return sum(spec.bytes(T, K) for spec in self.specs)
@@ -178,8 +183,8 @@ def select_chain(
     strides: Sequence[int] = (),
 ) -> ChainPlan:
     """The plan for what is `wanted` of each output of the chain, whose matrices have rows that lie
-    `strides` (K unless given) elements apart. `config` overrides the table's, `schedule` the choice
-    by bytes. ValueError if nothing is wanted."""
+    `strides` (K unless given) elements apart. `config` overrides the table's for kernels that
+    compute the chain, `schedule` the choice by bytes. ValueError if nothing is wanted."""
     layouts = [want.layouts for want in wanted]
     if not all(want.layouts or want.value for want in wanted) or not any(layouts):
         raise ValueError(
@@ -239,9 +244,11 @@ class _Planner:
         return tuple(self.strides[index] for index in source.inputs if index in self.strides)
 
     def _passes(self, source: Source) -> ColumnsConfig:
+        if source.chain is None:
+            return columns_configuration(self.T, self.K, self.capability)
         if isinstance(self.config, ColumnsConfig):
             return self.config
-        chained = 0 if source.chain is None else len(source.chain.outputs)
+        chained = len(source.chain.outputs)
         return columns_configuration(self.T, self.K, self.capability, chained=chained)
 
     def _first(self, outputs: list[int], stored: set[int]) -> FirstStep:
@@ -266,10 +273,10 @@ class _Planner:
     def _rows(self, output: int, want: Wanted, stored: set[int]) -> RowsStep:
         assert want.rows is not None
         source = self._source(output, stored)
-        if isinstance(self.config, RowsConfig):
-            config = self.config
-        elif source.chain is None:
+        if source.chain is None:
             config = rows_configuration(self.K, want.rows.rotation is not None, self.capability)
+        elif isinstance(self.config, RowsConfig):
+            config = self.config
         else:
             config = chain_rows_configuration(source.chain, self.K, self.capability)
         dtype = CHAIN_DTYPES[self.chain.outputs[output].dtype]

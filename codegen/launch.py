@@ -206,7 +206,8 @@ def quantize_chain(
     """Codes and scales of what a chain (`hadagraph.region`) makes of its inputs: matrices [T, K],
     rows [T], columns [K], scalars. Per output the encodings of its layouts ("": not wanted), and
     whether the rounded matrix is wanted; of those wanted, in order: row codes, row scale, column
-    codes, column scale, value. `config` and `schedule` override what the tables say."""
+    codes, column scale, value. `config` overrides the table's for kernels that compute
+    the chain, `schedule` the choice by bytes."""
     layouts = tuple(map(layout_of, inputs))
     wanted = (tuple(rows), tuple(columns), tuple(values))
     key = (layouts, chain, wanted, capability, config, schedule)

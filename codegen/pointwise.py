@@ -44,8 +44,8 @@ EXPRESSIONS = {
 }
 
 # silu, which is decomposed as x / (exp(-x) + 1), by the sigmoid of x, which its backward needs too
-# (before torch 2.12 as 1 / (exp(-x) + 1)). Its exp is off by 1e-7 * (2 + |x| * 3 / 4) of itself in
-# fp32, more than libdevice's, and below -87.3 it is 0. Of silu(gate) * up into rows that is 23
+# (1 / (exp(-x) + 1) in torch 2.11). Its exp is off by 1e-7 * (2 + |x| * 3 / 4) of itself in fp32,
+# more than libdevice's, and below -87.3 it is 0. Of silu(gate) * up into rows that is 23
 # instructions an element, not 36 (sm_90).
 SILU = "{0} * " + EXPRESSIONS["sigmoid"]
 

@@ -154,7 +154,7 @@ def test_a_sigmoid_reads_its_own_argument():
 
 
 @pytest.mark.parametrize("name", ["silu_mul_three", "silu_mul_three_by_exp"])
-def test_silu_and_its_backward_by_one_sigmoid(name):
+def test_silu_and_its_backward_are_computed_by_sigmoids(name):
     """As decomposed by torch 2.13, and by 2.11."""
     expressions = [line.split(" = ")[1] for line in chain_steps(Chain.parse(CHAINS[name]))]
     of_x = [each for each in expressions if "exp" in each]
