@@ -20,7 +20,7 @@ DEMO_ARGS ?=
 TORCH := torch==2.13.0
 TORCH_MIN := torch==2.11.0
 VENV_TORCH_MIN ?= .venv-torch-min
-# What must also hold on the oldest supported torch and its triton: passes, references, kernels
+# What must also hold on the oldest supported torch and its triton: passes, references, chains, kernels
 # compiled ahead.
 TORCH_MIN_TESTS ?= tests/passes tests/codegen/test_precompile.py tests/codegen/test_emit.py \
     tests/codegen/test_chains.py $(wildcard tests/test_reference*.py tests/test_rotation*.py)
@@ -47,7 +47,7 @@ help:
 	@echo 'make lint            ruff check and ruff format --check'
 	@echo 'make format          let ruff rewrite the files'
 	@echo 'make types           mypy on the package as it is installed'
-	@echo 'make test-torch-min  pass and reference tests on the oldest supported torch'
+	@echo 'make test-torch-min  passes, references and chains on the oldest supported torch'
 	@echo 'make install         only make and fill the environment'
 	@echo 'make clean           remove what the commands above made, except the environments'
 	@echo 'make distclean       remove the environments too'
