@@ -234,7 +234,7 @@ _CHAIN_COLUMNS = (
     ),
 )
 # Of three outputs, that compute most: one column a thread, and many small programs, so that those
-# which wait for memory leave others to compute.
+# which wait for memory leave others to compute. (Codes are written of one output at a time.)
 _THREE_COLUMNS = (ColumnsConfig(VectorsConfig(64, 64, 2), _CHAIN_COLUMNS[0].write),)
 _CHAINS = {"chain": _CHAIN_COLUMNS, "three outputs": _THREE_COLUMNS}
 _ANY_COLUMNS = {"short": _CHAIN_COLUMNS, "long": _CHAIN_COLUMNS, **_CHAINS}

@@ -79,6 +79,17 @@ def test_the_chains_of_a_llama_block_are_the_ones_tested_and_raced(monkeypatch):
     assert by_exp or CHAINS["silu_mul_three_rounded"] in chains_of_a_block("eager")
 
 
+def test_the_race_of_chains_has_the_tables_plan_first_and_others(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    import chain_race
+
+    for case in chain_race.CASES:
+        first, *others = chain_race.candidates(case, SM90, quick=False)
+        wanted = wanted_of(*case.wanted)
+        assert first == select_chain(chain_race.T, case.K, Chain.parse(case.chain), wanted, SM90)
+        assert len(others) > 5 and first not in others
+
+
 def test_what_an_output_needs_of_a_chain():
     chain = Chain.parse(CHAINS["silu_mul_backward"])
     up = "in bf16 matrix; in bf16 matrix; neg %0; exp %2; add %3 1.0; div %0 %4; cast_bf16 %5; "
@@ -161,6 +172,8 @@ def test_chain_column_configurations(index, monkeypatch):
     config = tune.columns_candidates(SM90)[index]
     check_chain("two_dtypes", 70, 136, [(ROTATED, H32)], "cpu", SM90, config=config)
     check_chain("add", 70, 136, [("", H32)], "cpu", SM90, config=config, strided=True)
+    # not stored, so that the pass which writes codes computes the chain, too
+    check_chain("add", 70, 136, [("", H32)], "cpu", SM90, config=config, values=False)
 
 
 @interpreter

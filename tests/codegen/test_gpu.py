@@ -333,7 +333,10 @@ def test_chains_of_odd_shapes(T, K, layouts):
 
 
 @pytest.mark.parametrize("layouts", LAYOUTS)
-@pytest.mark.parametrize("name", ["add", "silu_mul", "silu_mul_backward", "rms_norm"])
+@pytest.mark.parametrize(
+    "name",
+    ["add", "silu_mul", "silu_mul_backward", "silu_mul_three", "silu_mul_three_by_exp", "rms_norm"],
+)
 def test_large_chains(name, layouts):
     run_chain(name, 2048, 4096, of_layouts("int8_rotated", layouts), values=False)
     run_chain(name, 2085, 4104, of_layouts("int8_rotated", layouts), values=False)
