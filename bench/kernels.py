@@ -89,7 +89,7 @@ def short(config: object) -> str:
     if isinstance(config, tune.MmConfig):
         tile = f"{config.block_m}x{config.block_n}x{config.block_c}"
         group = "" if config.group == 8 else f" g{config.group}"
-        how = "pingpong" if config.pingpong else "tma" if config.descriptors else "ptr"
+        how = config.schedule or ("tma" if config.descriptors else "ptr")
         return f"{tile} {config.warps}w {config.stages}s {how}{group}"
     if isinstance(config, tune.LibraryMm):
         return f"_scaled_mm {'fast' if config.fast_accumulation else 'slow'} accumulation"
@@ -287,7 +287,7 @@ def tune_rows(bandwidth: float, repeats: int) -> list[Row]:
         scales = torch.rand(M, device="cuda"), torch.rand(N, device="cuda")
         candidates: list[MmChoice] = list(tune.scaled_mm_candidates(capability))
         if dtype != torch.int8:
-            candidates = [c for c in candidates if not getattr(c, "pingpong", False)]
+            candidates = [c for c in candidates if getattr(c, "schedule", None) is None]
             candidates += [tune.LibraryMm(fast) for fast in (True, False)]
         for config in candidates:
             row: Row = {"M": M, "N": N, "C": C, "dtype": str(dtype)[6:], "config": short(config)}

@@ -19,7 +19,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from hadagraph.codegen import launch
-from hadagraph.codegen.choose import DTYPE_NAMES, pingpong_refusal
+from hadagraph.codegen.choose import DTYPE_NAMES, gluon_mm_refusal
 from hadagraph.codegen.choose_mm import accumulations, library_refusal, problem_of
 from hadagraph.codegen.spec import INPUT_BYTES, Capability
 from hadagraph.codegen.tune import LibraryMm, scaled_mm_candidates
@@ -130,13 +130,13 @@ def _unraced(problem: MmProblem, raced: int, reason: str) -> Race:
 
 def candidates(problem: MmProblem, capability: Capability) -> list[MmChoice]:
     """The tables' configurations, those in Gluon and torch._scaled_mm where they can."""
-    refusal = pingpong_refusal(
+    refusal = gluon_mm_refusal(
         problem.N, problem.C, problem.a_format, problem.out_dtype, capability
     )
     found: list[MmChoice] = [
         config
         for config in scaled_mm_candidates(capability)
-        if refusal is None or not config.pingpong
+        if refusal is None or config.schedule is None
     ]
     if library_refusal(problem, None, capability) is None:
         found += [LibraryMm(fast) for fast in accumulations(problem)]

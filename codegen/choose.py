@@ -295,15 +295,19 @@ def select_scaled_mm(
     out_dtype: torch.dtype,
     capability: Capability,
     config: MmConfig | None = None,
+    l2_bytes: int | None = None,
 ) -> MmSpec:
     """The kernel for a [M, C] times b [N, C]^T; `config` overrides the table's, but for one in
-    Gluon that cannot be used."""
+    Gluon that cannot be used. `l2_bytes`: as `scaled_mm_configuration`."""
     integer = FORMATS[a_format].is_integer
-    refusal = pingpong_refusal(N, C, a_format, DTYPE_NAMES[out_dtype], capability)
-    if config is None or (config.pingpong and refusal is not None):
-        config = scaled_mm_configuration(M, N, integer, capability, pingpong=refusal is None)
-    if config.pingpong:
+    refusal = gluon_mm_refusal(N, C, a_format, DTYPE_NAMES[out_dtype], capability)
+    if config is None or (config.schedule and refusal is not None):
+        config = scaled_mm_configuration(
+            M, N, integer, capability, gluon=refusal is None, l2_bytes=l2_bytes
+        )
+    if config.schedule is not None:
         return GluonMmSpec(
+            config.schedule,
             DTYPE_NAMES[out_dtype],
             None if bias_dtype is None else DTYPE_NAMES[bias_dtype],
             *per_tensor,
@@ -325,7 +329,7 @@ def select_scaled_mm(
     )
 
 
-def pingpong_refusal(
+def gluon_mm_refusal(
     N: int, C: int, format: str, out_dtype: str, capability: Capability
 ) -> str | None:
     """Why the kernel in Gluon cannot make out [M, N] from codes of the format over C; None if it

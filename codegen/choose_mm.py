@@ -59,7 +59,16 @@ def select_mm(
             return choice
         log.info("%s: an emitted kernel, torch._scaled_mm refuses: %s", problem, refusal)
     own = choice if isinstance(choice, MmConfig) else None
-    return select_scaled_mm(*sizes, *formats, per_tensor, bias_dtype, out_dtype, capability, own)
+    of_call = (*sizes, *formats, per_tensor, bias_dtype, out_dtype, capability)
+    return select_scaled_mm(*of_call, own, l2_bytes(capability))
+
+
+def l2_bytes(capability: Capability) -> int | None:
+    """Of the current device's L2; None if there is no device of this capability."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != capability:
+        return None
+    size: int = torch.cuda.get_device_properties().L2_cache_size
+    return size
 
 
 def accumulations(problem: MmProblem) -> tuple[bool, ...]:

@@ -1,8 +1,9 @@
 """Source of the scaled matmul for Hopper in Gluon, Triton's language of explicit layouts: one warp
-loads, two warpgroups take tiles in turn. Only text.
+loads, two warpgroups multiply. Only text.
 
 Triton waits for each step's int8 products before the next. Here those of two steps are in flight,
-and one warpgroup scales and stores its tile while the other multiplies.
+and either one warpgroup scales and stores its tile while the other multiplies the next
+("pingpong"), or both work on one of twice the width ("cooperative"), which reads a quarter less.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hadagraph.codegen.spec import INPUT_BYTES, GluonMmSpec
 
 HOPPER = "triton.experimental.gluon.language.nvidia.hopper"
 LINE = 100
-SHARED = ("a_stages", "b_stages", "out_stages", "full", "empty", "turns")
+SHARED = ("a_stages", "b_stages", "out_stages", "full", "empty")
 SIZES = ("M", "N", "C")
 LOADED = ("a_descriptor", "b_descriptor", "a_stages", "b_stages", "full", "empty", *SIZES)
 
@@ -26,7 +27,7 @@ def gluon_mm(spec: GluonMmSpec) -> Lines:
         *_head(spec),
         *_function("tile_at", ["t", "M", "N"], _tile_at()),
         *_function("next_stage", ["stage", "phase"], _next_stage()),
-        *_function("load", LOADED, _load()),
+        *_function("load", LOADED, _load(spec)),
         *_function("store", _stored(spec), _store(spec)),
         *_function("multiply", [*_multiplied(spec), "WORKER: gl.constexpr"], _multiply(spec)),
         *_function(spec.name, [name for name, _ in _arguments(spec)], _kernel(spec)),
@@ -50,11 +51,11 @@ def _listed(before: str, items: Sequence[str], after: str, level: int) -> Lines:
 
 def _arguments(spec: GluonMmSpec) -> list[tuple[str, str]]:
     """The kernel's arguments and their Triton types; descriptors' layouts as f-strings."""
-    operand = f"[{{}}, {spec.block_c}],{{{{CODES!r}}}}>"
+    operand = f"[{{}}, {spec.block_c}],{{{{CODES!r}}}}>"  # a tile's rows, a warpgroup's columns
     out = f"{SIGNATURE_DTYPES[spec.out_dtype]}[{spec.block_m}, {spec.out_width}],{{OUT!r}}>"
     arguments = [
         ("a_descriptor", "tensordesc<i8" + operand.format(spec.block_m)),
-        ("b_descriptor", "tensordesc<i8" + operand.format(spec.block_n)),
+        ("b_descriptor", "tensordesc<i8" + operand.format(spec.warpgroup_n)),
         ("out_descriptor", f"tensordesc<{out}"),
         ("a_scale_ptr", "*fp32"),
         ("b_scale_ptr", "*fp32"),
@@ -73,13 +74,15 @@ def _head(spec: GluonMmSpec) -> Lines:
         "BLOCK_M": spec.block_m,
         "BLOCK_N": spec.block_n,
         "BLOCK_C": spec.block_c,
+        **({"HALF_N": spec.warpgroup_n} if spec.cooperative else {}),
         "WIDTH": spec.out_width,
         "STAGES": spec.stages,
         "GROUP_M": spec.group,
-        "SUMS": layout.format(spec.block_n),
+        "SUMS": layout.format(spec.warpgroup_n),
         "RUN": layout.format(spec.out_width),
     }
     comments = {
+        "HALF_N": "  # columns of one warpgroup",
         "WIDTH": "  # columns that are stored at once",
         "GROUP_M": "  # rows of tiles that share columns in L2",
     }
@@ -129,7 +132,11 @@ def _next_stage() -> Lines:
     ]
 
 
-def _load() -> Lines:
+def _load(spec: GluonMmSpec) -> Lines:
+    b = _copy("b", "b_stages.index(stage)", "n")
+    if spec.cooperative:
+        halves = [("2 * stage", "n"), ("2 * stage + 1", "n + HALF_N")]
+        b = [line for i, row in halves for line in _copy("b", f"b_stages.index({i})", row)]
     return [
         '"""One warp: keeps every free stage loading, over all of this program\'s tiles."""',
         "stage = gl.to_tensor(0)",
@@ -141,16 +148,16 @@ def _load() -> Lines:
         "        loaded = full.index(stage)",
         "        mbarrier.wait(empty.index(stage), phase)",
         "        mbarrier.expect(loaded, (BLOCK_M + BLOCK_N) * BLOCK_C)",
-        *indent(_copy("a", "m"), 2),
-        *indent(_copy("b", "n"), 2),
+        *indent(_copy("a", "a_stages.index(stage)", "m"), 2),
+        *indent(b, 2),
         "        stage, phase = next_stage(stage, phase)",
     ]
 
 
-def _copy(operand: str, row: str) -> Lines:
+def _copy(operand: str, stage: str, row: str) -> Lines:
     source = f"{operand}_descriptor, [{row}, c]"
     return [
-        f"{operand}_stage = {operand}_stages.index(stage)",
+        f"{operand}_stage = {stage}",
         f"tma.async_copy_global_to_shared({source}, loaded, {operand}_stage)",
     ]
 
@@ -182,10 +189,23 @@ def _gluon_dtype(name: str) -> str:
 
 def _multiplied(spec: GluonMmSpec) -> list[str]:
     bias = [] if spec.bias_dtype is None else ["bias_ptr"]
-    return ["out_descriptor", "a_scale_ptr", "b_scale_ptr", *bias, *SHARED, *SIZES]
+    turns = [] if spec.cooperative else ["turns"]
+    return ["out_descriptor", "a_scale_ptr", "b_scale_ptr", *bias, *SHARED, *turns, *SIZES]
 
 
 def _multiply(spec: GluonMmSpec) -> Lines:
+    if spec.cooperative:
+        return [
+            '"""One warpgroup: half of every tile of this program. Two steps\' products are in',
+            "flight; a stage is free when those of both have ended.",
+            '"""',
+            "steps = gl.cdiv(C, BLOCK_C)",
+            "tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)",
+            "step = gl.to_tensor(0)",
+            "for t in range(gl.program_id(0), tiles, gl.num_programs(0)):",
+            *indent(_tile(spec)),
+            "tma.store_wait(pendings=0)",
+        ]
     return [
         '"""One warpgroup: every other tile of this program. Two steps\' products are in flight; a',
         "stage is free when its own have ended and the next step's have begun.",
@@ -202,37 +222,52 @@ def _multiply(spec: GluonMmSpec) -> Lines:
 
 
 def _tile(spec: GluonMmSpec) -> Lines:
-    return [
-        "m, n = tile_at(t, M, N)",
-        "stage = step % STAGES",
-        "phase = (step // STAGES) & 1",
-        "step += 2 * steps",
-        "mbarrier.wait(turns.index(WORKER), turn)",
-        "turn ^= 1",
-        *_row_scales(spec),
+    together = spec.cooperative
+    width = "HALF_N" if together else "BLOCK_N"
+    operands = [
         "mbarrier.wait(full.index(stage), phase)",
         "a = a_stages.index(stage)",
-        "b = b_stages.index(stage).permute((1, 0))",
-        "sums = gl.zeros([BLOCK_M, BLOCK_N], gl.int32, SUMS)",
+        f"b = b_stages.index({'2 * stage + WORKER' if together else 'stage'}).permute((1, 0))",
+    ]
+    return [
+        "m, n = tile_at(t, M, N)",
+        *(["n += WORKER * HALF_N"] if together else []),
+        "stage = step % STAGES",
+        "phase = (step // STAGES) & 1",
+        f"step += {'' if together else '2 * '}steps",
+        *([] if together else _wait_for_turn()),
+        *_row_scales(spec),
+        *operands,
+        f"sums = gl.zeros([BLOCK_M, {width}], gl.int32, SUMS)",
         "sums = warpgroup_mma(a, b, sums, use_acc=False, is_async=True)",
         "sums = warpgroup_mma_wait(1, (sums,))",
         "before = stage",
         "stage, phase = next_stage(stage, phase)",
         "for _c in range(BLOCK_C, C, BLOCK_C):",
-        "    mbarrier.wait(full.index(stage), phase)",
-        "    a = a_stages.index(stage)",
-        "    b = b_stages.index(stage).permute((1, 0))",
+        *indent(operands),
         "    sums = warpgroup_mma(a, b, sums, is_async=True)",
         "    sums = warpgroup_mma_wait(1, (sums,))",
         "    mbarrier.arrive(empty.index(before), count=1)",
         "    before = stage",
         "    stage, phase = next_stage(stage, phase)",
-        "mbarrier.arrive(turns.index(1 - WORKER), count=1)",
+        *([] if together else _give_turn()),
         *_column_vectors(spec),
         "sums = warpgroup_mma_wait(0, (sums,))",
         "mbarrier.arrive(empty.index(before), count=1)",
         *_stores(spec),
     ]
+
+
+def _init_turns() -> Lines:
+    return ["for i in gl.static_range(2):", "    mbarrier.init(turns.index(i), count=1)"]
+
+
+def _wait_for_turn() -> Lines:
+    return ["mbarrier.wait(turns.index(WORKER), turn)", "turn ^= 1"]
+
+
+def _give_turn() -> Lines:
+    return ["mbarrier.arrive(turns.index(1 - WORKER), count=1)"]
 
 
 def _row_scales(spec: GluonMmSpec) -> Lines:
@@ -262,7 +297,7 @@ def _column_vectors(spec: GluonMmSpec) -> Lines:
 def _stores(spec: GluonMmSpec) -> Lines:
     """The tile as `spec.runs` runs of adjacent columns, halved until they are narrow enough, which
     moves nothing between threads."""
-    lines, runs, width = [], ["sums"], spec.block_n
+    lines, runs, width = [], ["sums"], spec.warpgroup_n
     while len(runs) < spec.runs:
         width //= 2
         halves = []
@@ -289,7 +324,7 @@ def _start(run: int) -> str:
 def _kernel(spec: GluonMmSpec) -> Lines:
     shapes = {
         "a": "[STAGES, BLOCK_M, BLOCK_C]",
-        "b": "[STAGES, BLOCK_N, BLOCK_C]",
+        "b": "[2 * STAGES, HALF_N, BLOCK_C]" if spec.cooperative else "[STAGES, BLOCK_N, BLOCK_C]",
         "out": "[2, BLOCK_M, WIDTH]",
     }
     lines = []
@@ -298,16 +333,16 @@ def _kernel(spec: GluonMmSpec) -> Lines:
         items = [f"{source}.dtype", shape, f"{source}.layout"]
         lines += _listed(f"{name}_stages = gl.allocate_shared_memory(", items, ")", 1)
     layout = "mbarrier.MBarrierLayout()"
-    for name, count in (("full", "STAGES"), ("empty", "STAGES"), ("turns", "2")):
+    turns = [] if spec.cooperative else [("turns", "2")]
+    for name, count in (("full", "STAGES"), ("empty", "STAGES"), *turns):
         lines += [f"{name} = gl.allocate_shared_memory(gl.int64, [{count}, 1], {layout})"]
     workers = [_listed("(multiply, (", [*_multiplied(spec), w], ")),", 3) for w in "01"]
     return [
         *lines,
         "for i in gl.static_range(STAGES):",
         "    mbarrier.init(full.index(i), count=1)",
-        "    mbarrier.init(empty.index(i), count=1)",
-        "for i in gl.static_range(2):",
-        "    mbarrier.init(turns.index(i), count=1)",
+        f"    mbarrier.init(empty.index(i), count={2 if spec.cooperative else 1})",
+        *(_init_turns() if turns else []),
         "fence_async_shared()",
         "gl.warp_specialize(",
         "    [",

@@ -377,15 +377,20 @@ class ScaledMmSpec(Matmul):
         return f"scaled_mm_{formats}_{self.out_dtype}"
 
 
+PINGPONG, COOPERATIVE = SCHEDULES = "pingpong", "cooperative"
+
+
 @dataclass(frozen=True)
 class GluonMmSpec(Matmul):
-    """`ScaledMmSpec`'s result for int8 codes on Hopper, from one program an SM that keeps the
-    products of two steps in flight; the contraction is one run.
+    """`ScaledMmSpec`'s result for int8 codes on Hopper, from one program an SM with two warpgroups
+    that each keep the products of two steps in flight; the contraction is one run.
 
-    Operands come and the output goes through tensor descriptors (TMA), `out_width` columns at once:
-    the masks guard the scales and the bias.
+    `schedule`, by CUTLASS's names: "pingpong", they take tiles in turn, or "cooperative", each
+    takes half of a tile's columns. Operands come and the output goes through tensor descriptors
+    (TMA), `out_width` columns at once: the masks guard the scales and the bias.
     """
 
+    schedule: str
     out_dtype: str
     bias_dtype: str | None
     a_per_tensor: bool
@@ -402,8 +407,18 @@ class GluonMmSpec(Matmul):
 
     def __post_init__(self) -> None:
         assert self.capability == (9, 0)
+        assert self.schedule in SCHEDULES
         assert (self.warps, self.block_c) == (4, SWIZZLE_BYTES)
         assert self.stages >= 2  # a stage is freed when the next one's products have begun
+
+    @property
+    def cooperative(self) -> bool:
+        return self.schedule == COOPERATIVE
+
+    @property
+    def warpgroup_n(self) -> int:
+        """Columns of a tile that one warpgroup multiplies."""
+        return self.block_n // 2 if self.cooperative else self.block_n
 
     @property
     def out_width(self) -> int:
@@ -411,12 +426,12 @@ class GluonMmSpec(Matmul):
 
     @property
     def runs(self) -> int:
-        """Stores of one tile."""
-        return self.block_n // self.out_width
+        """Stores of one warpgroup's part of a tile."""
+        return self.warpgroup_n // self.out_width
 
     @property
     def name(self) -> str:
-        return f"scaled_mm_pingpong_int8_{self.out_dtype}"
+        return f"scaled_mm_{self.schedule}_int8_{self.out_dtype}"
 
 
 @dataclass(frozen=True)

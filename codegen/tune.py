@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hadagraph.codegen.spec import VECTORS, WIDTH, Capability
+from hadagraph.codegen.spec import COOPERATIVE, PINGPONG, VECTORS, WIDTH, Capability
 from hadagraph.region import MATRIX, Chain
 
 SMS_ASSUMED = 132
@@ -75,7 +75,7 @@ class ColumnsConfig:
 @dataclass(frozen=True)
 class MmConfig:
     """Scaled matmul: tile sizes, and whether operands come through tensor descriptors.
-    `pingpong`: the kernel in Gluon, where it can be used."""
+    `schedule`: of the kernel in Gluon, where it can be used; None: the one in Triton."""
 
     block_m: int
     block_n: int
@@ -84,7 +84,7 @@ class MmConfig:
     stages: int
     descriptors: bool
     group: int = 8
-    pingpong: bool = False
+    schedule: str | None = None
 
     def tiles(self, M: int, N: int) -> int:
         """Of an output [M, N]."""
@@ -282,7 +282,15 @@ _SM_100 = (
 )
 # In Gluon two warpgroups take turns: 1325 to 1495 TFLOP/s over the GEMMs of a Llama block on one
 # H200, where the first of _HOPPER has 981 to 1459.
-_PINGPONG = MmConfig(128, 128, 128, 4, 6, True, pingpong=True)
+_PINGPONG = MmConfig(128, 128, 128, 4, 6, True, schedule=PINGPONG)
+# A tile of 128 x 128 reads about 64 bytes a cycle, all that an SM's port to L2 takes. The L2 of an
+# H200 (60 MiB) delivers that, power is the limit, and turns hide every store: 60.1 ms for the large
+# GEMMs of a step, beside 62.5 with a tile of twice the width. That of an H100 (50 MiB) does not:
+# 70.8 ms for all of its GEMMs, beside 60.0 (bench/results/gemm_schedules.json).
+_COOPERATIVE = MmConfig(128, 256, 128, 4, 4, True, schedule=COOPERATIVE)
+COOPERATIVE_BELOW_L2 = 55 << 20
+# How many times the waves of _PINGPONG's tiles, in their time, it may take on the SMs.
+COOPERATIVE_WAVES = 1.1
 # Triton waits for Hopper's int8 product in every step: two programs an SM fill each other's gaps,
 # which the 4-warp tile with three stages allows. fp8 is not waited for and takes the large tile.
 _HOPPER = (
@@ -303,7 +311,8 @@ MM: dict[str, dict[str, tuple[MmConfig, ...]]] = {
 }
 MM_RACED: dict[str, tuple[MmConfig, ...]] = {
     "sm_90": (
-        MmConfig(128, 128, 128, 4, 6, True, group=16, pingpong=True),
+        MmConfig(128, 128, 128, 4, 6, True, group=16, schedule=PINGPONG),
+        _COOPERATIVE,
         MmConfig(256, 128, 128, 8, 4, True),
         MmConfig(128, 64, 128, 4, 5, True),
         MmConfig(64, 64, 128, 4, 3, True),
@@ -381,14 +390,35 @@ def chain_rows_candidates(capability: Capability) -> tuple[RowsConfig, ...]:
 
 
 def scaled_mm_configuration(
-    M: int, N: int, integer: bool, capability: Capability, *, pingpong: bool = False
+    M: int,
+    N: int,
+    integer: bool,
+    capability: Capability,
+    *,
+    gluon: bool = False,
+    l2_bytes: int | None = None,
 ) -> MmConfig:
     """The largest tile of the format's ladder that still gives nearly every SM a program; the
-    smallest tile if none does. `pingpong`: kernels in Gluon can be used."""
+    smallest tile if none does. `gluon`: kernels in Gluon can be used. `l2_bytes`: the
+    device's L2; None if unknown."""
     name = "int8" if integer else "fp8"
     whole = MM[_table_key(capability)][name]
-    ladder = [config for config in whole if pingpong or not config.pingpong]
-    return first_that_fills(ladder, M, N, MM_PROGRAMS[name])
+    ladder = [config for config in whole if gluon or config.schedule is None]
+    found = first_that_fills(ladder, M, N, MM_PROGRAMS[name])
+    small_l2 = l2_bytes is not None and l2_bytes < COOPERATIVE_BELOW_L2
+    if (
+        found == _PINGPONG
+        and small_l2
+        and _waves(_COOPERATIVE, M, N) <= (COOPERATIVE_WAVES * _waves(_PINGPONG, M, N))
+    ):
+        return _COOPERATIVE
+    return found
+
+
+def _waves(config: MmConfig, M: int, N: int) -> int:
+    """Tiles of 128 x 128, one after another, that the busiest SM multiplies."""
+    area = config.block_m * config.block_n // 128**2
+    return area * -(-config.tiles(M, N) // SMS_ASSUMED)
 
 
 def first_that_fills(ladder: Sequence[MmConfig], M: int, N: int, programs: int) -> MmConfig:

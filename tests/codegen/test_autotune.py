@@ -33,6 +33,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: HOPPER)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Test GPU")
+    monkeypatch.setattr("hadagraph.codegen.choose_mm.l2_bytes", lambda capability: 60 << 20)
     monkeypatch.setattr(tuned, "source_directory", lambda: tmp_path)
     tuned.winners_on.cache_clear()
     yield tmp_path

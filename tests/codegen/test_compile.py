@@ -154,6 +154,9 @@ def local_memory(cubin: bytes) -> int:
     return sum(int(size) for size in re.findall(r"STACK:(\d+)", usage))
 
 
+GLUON = [config for config in tune.scaled_mm_candidates((9, 0)) if config.schedule]
+
+
 def matmul(name: str, capability: tuple[int, int]) -> KernelSpec:
     """In Triton, also where one in Gluon would be chosen."""
     config = tune.scaled_mm_configuration(8192, 4096, name == "int8", capability)
@@ -187,9 +190,10 @@ def test_scaled_mm(capability, name):
         ((8191, 4088, 4096), torch.float32, torch.float32, (False, True)),
     ],
 )
-def test_scaled_mm_in_gluon(sizes, bias, out, per_tensor):
+@pytest.mark.parametrize("config", GLUON, ids=lambda config: config.schedule)
+def test_scaled_mm_in_gluon(config, sizes, bias, out, per_tensor):
     """The products of two steps are in flight, and no sum is spilled."""
-    spec = select_scaled_mm(*sizes, "int8", "int8", per_tensor, bias, out, (9, 0))
+    spec = select_scaled_mm(*sizes, "int8", "int8", per_tensor, bias, out, (9, 0), config)
     assert isinstance(spec, GluonMmSpec)
     kernel = compiled(spec)
     ptx = kernel.asm["ptx"]
@@ -197,7 +201,8 @@ def test_scaled_mm_in_gluon(sizes, bias, out, per_tensor):
     assert products == {"wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"}
     # of each warpgroup: the last step's products, the first step's, and every other's
     assert re.findall(r"wgmma\.wait_group\S+\s+(\d)", ptx) == ["0", "1", "1"] * 2
-    assert len(re.findall(r"cp\.async\.bulk\.tensor\.2d\.shared", ptx)) == 2
+    loads = 3 if spec.cooperative else 2
+    assert len(re.findall(r"cp\.async\.bulk\.tensor\.2d\.shared", ptx)) == loads
     assert len(re.findall(r"cp\.async\.bulk\.tensor\.2d\.global", ptx)) == 2 * spec.runs
     assert kernel.metadata.shared <= SHARED_LIMIT[9, 0]
     assert local_memory(kernel.asm["cubin"]) == 0

@@ -21,6 +21,7 @@ from hadagraph.codegen.store import load_module, write_source
 from hadagraph.region import Chain
 
 X = torch.empty(16384, 4096, dtype=torch.bfloat16, device="meta")
+FP16 = torch.float16
 ROTATED, PLAIN = "int8/per_kept_index/h128", "fp8_e4m3/per_kept_index"
 H32, H4 = "int8/per_kept_index/h32", "int8/per_kept_index/h4"
 
@@ -64,6 +65,16 @@ def cases() -> dict[str, KernelSpec]:
         "scaled_mm_gluon": matmul_of((8192, 4096, 4096), None),
         "scaled_mm_gluon_edges": matmul_of(
             (8191, 4088, 4096), torch.bfloat16, torch.float32, (False, True)
+        ),
+        "scaled_mm_gluon_cooperative": select_scaled_mm(
+            *(8191, 4088, 4096),
+            "int8",
+            "int8",
+            (True, False),
+            None,
+            FP16,
+            (9, 0),
+            l2_bytes=50 << 20,
         ),
         "scaled_mm_bias_pointers": select_scaled_mm(
             100, 50, 80, "int8", "int8", (False, True), torch.bfloat16, torch.float16, (8, 0)

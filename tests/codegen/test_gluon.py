@@ -1,17 +1,18 @@
-"""When the kernel in Gluon multiplies int8 codes, and that one in Triton does where it cannot."""
+"""Which kernel in Gluon multiplies int8 codes when, and that one in Triton does where none can."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 
-from hadagraph.codegen import direct
+from hadagraph.codegen import choose_mm, direct
 from hadagraph.codegen.autotune import candidates
-from hadagraph.codegen.choose import pingpong_refusal, select_scaled_mm
+from hadagraph.codegen.choose import gluon_mm_refusal, select_scaled_mm
 from hadagraph.codegen.choose_mm import problem_of
 from hadagraph.codegen.listing import sources_for
 from hadagraph.codegen.spec import GluonMmSpec, ScaledMmSpec
@@ -22,7 +23,8 @@ HOPPER = (9, 0)
 BF16, FP32 = torch.bfloat16, torch.float32
 INT8, E4M3 = ("int8", "int8"), ("fp8_e4m3", "fp8_e4m3")
 LARGE, SMALL = (8192, 4096, 4096), (512, 512, 512)
-PINGPONG = MmConfig(128, 128, 128, 4, 6, True, group=16, pingpong=True)
+H100_L2, H200_L2 = 50 << 20, 60 << 20
+PINGPONG = MmConfig(128, 128, 128, 4, 6, True, group=16, schedule="pingpong")
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +34,9 @@ def fresh():
     direct.gluon_refusal.cache_clear()
 
 
-def selected(sizes=LARGE, formats=INT8, out=BF16, capability=HOPPER, config=None):
-    return select_scaled_mm(*sizes, *formats, (False, True), FP32, out, capability, config)
+def selected(sizes=LARGE, formats=INT8, out=BF16, capability=HOPPER, config=None, l2_bytes=None):
+    of_call = (*sizes, *formats, (False, True), FP32, out, capability)
+    return select_scaled_mm(*of_call, config, l2_bytes)
 
 
 @pytest.mark.parametrize("sizes", [LARGE, (8191, 4088, 4096 + 16), (128 * 132, 8, 16)])
@@ -43,6 +46,48 @@ def test_hopper_takes_it_where_every_sm_has_a_tile(sizes, out):
     assert isinstance(spec, GluonMmSpec)
     assert (spec.a_per_tensor, spec.b_per_tensor, spec.bias_dtype) == (False, True, "fp32")
     assert (spec.mask_m, spec.mask_n) == (sizes[0] % 128 != 0, sizes[1] % 128 != 0)
+
+
+@pytest.mark.parametrize("l2_bytes", [None, H200_L2, H100_L2])
+@pytest.mark.parametrize(
+    ("sizes", "widest"),
+    [
+        ((16384, 14336, 4096), "cooperative"),
+        ((16384, 4096, 1024), "cooperative"),
+        ((1024, 4096, 16384), "cooperative"),  # 128 programs in place of two for each of 128 SMs
+        ((8192, 4088, 4096), "cooperative"),
+        ((1536, 4096, 4096), "pingpong"),  # two waves of the time of two, in place of three of one
+        ((128 * 132, 128, 4096), "pingpong"),  # half of each tile of twice the width is outside
+    ],
+)
+def test_a_small_l2_wants_tiles_that_read_less(sizes, widest, l2_bytes):
+    spec = selected(sizes, l2_bytes=l2_bytes)
+    assert spec.schedule == (widest if l2_bytes == H100_L2 else "pingpong")
+    assert spec.block_n == (256 if spec.cooperative else 128)
+    assert spec.mask_n == (sizes[1] % spec.block_n != 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "formats", "capability"),
+    [(SMALL, INT8, HOPPER), (LARGE, E4M3, HOPPER), (LARGE, INT8, (10, 0)), (LARGE, INT8, (8, 0))],
+)
+def test_a_small_l2_changes_nothing_else(sizes, formats, capability):
+    given = {"sizes": sizes, "formats": formats, "capability": capability}
+    assert selected(**given, l2_bytes=H100_L2) == selected(**given)
+
+
+def test_the_l2_is_that_of_the_current_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: HOPPER)
+    monkeypatch.setattr(choose_mm, "winner", lambda problem, capability: None)
+    for size, schedule in ((H100_L2, "cooperative"), (H200_L2, "pingpong")):
+        properties = SimpleNamespace(L2_cache_size=size)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda given=properties: given)
+        spec = choose_mm.select_mm(LARGE, INT8, (False, True), None, BF16, HOPPER)
+        assert spec.schedule == schedule
+    assert choose_mm.l2_bytes((8, 0)) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_mm.l2_bytes(HOPPER) is None
 
 
 def test_small_outputs_keep_smaller_tiles():
@@ -70,7 +115,7 @@ def test_triton_multiplies_what_it_cannot(changed, why, config):
     assert spec == selected(**changed)
     sizes, out = changed.get("sizes", LARGE), changed.get("out", BF16)
     names = changed.get("formats", INT8)[0], "fp32" if out == FP32 else "bf16"
-    assert why in str(pingpong_refusal(*sizes[1:], *names, changed.get("capability", HOPPER)))
+    assert why in str(gluon_mm_refusal(*sizes[1:], *names, changed.get("capability", HOPPER)))
 
 
 def test_fp32_rows_of_four_are_whole_16_bytes():
@@ -103,21 +148,25 @@ def test_other_targets_do_not_ask_for_gluon(monkeypatch, caplog):
 
 
 def test_it_is_raced_where_it_can_be_used():
-    listed = [config for config in scaled_mm_candidates(HOPPER) if config.pingpong]
-    assert {config.group for config in listed} == {8, 16}
-    assert not any(config.pingpong for config in scaled_mm_candidates((10, 0)))
+    listed = [config for config in scaled_mm_candidates(HOPPER) if config.schedule]
+    raced = {(config.schedule, config.group) for config in listed}
+    assert raced == {("pingpong", 8), ("pingpong", 16), ("cooperative", 8)}
+    assert not any(config.schedule for config in scaled_mm_candidates((10, 0)))
 
     def raced(sizes, formats):
         problem = problem_of(sizes, formats, (False, False), BF16)
-        return [c for c in candidates(problem, HOPPER) if getattr(c, "pingpong", False)]
+        return [c for c in candidates(problem, HOPPER) if getattr(c, "schedule", None)]
 
     assert raced(LARGE, INT8) == listed
     assert raced((8192, 4100, 4096), INT8) == raced(LARGE, E4M3) == []
 
 
-def test_a_dump_shows_its_source():
+@pytest.mark.parametrize("schedule", ["pingpong", "cooperative"])
+def test_a_dump_shows_its_source(monkeypatch, schedule):
+    size = H100_L2 if schedule == "cooperative" else H200_L2
+    monkeypatch.setattr(choose_mm, "l2_bytes", lambda capability: size)
     a = torch.empty(8192, 4096, dtype=torch.int8, device="meta")
     scale = torch.empty(8192, device="meta")
     ((name, source),) = sources_for("scaled_mm", (a, a, scale, scale, None, BF16), HOPPER).items()
-    assert name.startswith("scaled_mm_pingpong_int8_bf16_")
+    assert name.startswith(f"scaled_mm_{schedule}_int8_bf16_")
     assert "gl.warp_specialize" in source
