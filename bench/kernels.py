@@ -285,9 +285,10 @@ def tune_rows(bandwidth: float, repeats: int) -> list[Row]:
     for (M, N, C), dtype in product(TUNED_GEMMS, (torch.int8, torch.float8_e4m3fn)):
         a, b = gemm_operands(M, N, C, dtype)
         scales = torch.rand(M, device="cuda"), torch.rand(N, device="cuda")
-        candidates: list[MmChoice] = list(tune.scaled_mm_candidates(capability))
+        configs = tune.scaled_mm_candidates(capability)
+        candidates: list[MmChoice] = list(configs)
         if dtype != torch.int8:
-            candidates = [c for c in candidates if getattr(c, "schedule", None) is None]
+            candidates = [config for config in configs if config.schedule is None]
             candidates += [tune.LibraryMm(fast) for fast in (True, False)]
         for config in candidates:
             row: Row = {"M": M, "N": N, "C": C, "dtype": str(dtype)[6:], "config": short(config)}

@@ -11,10 +11,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hadagraph.codegen.tuned import winners_on
 
 
 def device_name() -> str:
@@ -39,12 +42,22 @@ def header(benchmark: str, args: argparse.Namespace) -> dict[str, Any]:
     """The first entries of a benchmark's JSON."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     settings.pop("out", None)
-    return {
+    found = {
         "benchmark": benchmark,
         "device": device_name(),
         "versions": versions(),
         "settings": settings,
     }
+    tuned = tuned_matmuls()
+    return found | {"tuned_matmuls": tuned} if tuned else found
+
+
+def tuned_matmuls() -> list[dict[str, Any]]:
+    """What won races on this machine, and so is launched in place of the tables' choice."""
+    if not torch.cuda.is_available():
+        return []
+    winners = winners_on(torch.cuda.get_device_name())
+    return [{"problem": asdict(p), "choice": asdict(choice)} for p, choice in winners.items()]
 
 
 def shard_of(text: str) -> tuple[int, int]:

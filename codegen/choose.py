@@ -301,7 +301,7 @@ def select_scaled_mm(
     Gluon that cannot be used. `l2_bytes`: as `scaled_mm_configuration`."""
     integer = FORMATS[a_format].is_integer
     refusal = gluon_mm_refusal(N, C, a_format, DTYPE_NAMES[out_dtype], capability)
-    if config is None or (config.schedule and refusal is not None):
+    if config is None or (config.schedule is not None and refusal is not None):
         config = scaled_mm_configuration(
             M, N, integer, capability, gluon=refusal is None, l2_bytes=l2_bytes
         )

@@ -10,15 +10,78 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hadagraph.codegen.primitives import SIGNATURE_DTYPES, TRITON_DTYPES, Lines, indent
-from hadagraph.codegen.spec import INPUT_BYTES, GluonMmSpec
+from hadagraph.codegen.spec import COOPERATIVE, INPUT_BYTES, PINGPONG, GluonMmSpec
 
 HOPPER = "triton.experimental.gluon.language.nvidia.hopper"
 LINE = 100
 SHARED = ("a_stages", "b_stages", "out_stages", "full", "empty")
 SIZES = ("M", "N", "C")
 LOADED = ("a_descriptor", "b_descriptor", "a_stages", "b_stages", "full", "empty", *SIZES)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The text in which one schedule differs from the other."""
+
+    docstring: Lines
+    barriers: tuple[tuple[str, int], ...]  # of its own, and how many
+    boxes: tuple[tuple[str, str], ...]  # of b that a step loads: the place in b_stages, the row
+    readers: int  # warpgroups that read a stage
+    width: str  # columns of a warpgroup
+    start: Lines
+    tiles: str  # of a warpgroup: arguments of its range
+    stride: str  # steps from one of its tiles to the next
+    own_columns: Lines
+    own_b: str
+    before_products: Lines
+    after_products: Lines
+
+
+SCHEDULES = {
+    PINGPONG: Schedule(
+        docstring=[
+            '"""One warpgroup: every other tile of this program. Two steps\' products are in',
+            "flight; a stage is free when its own have ended and the next step's have begun.",
+            '"""',
+        ],
+        barriers=(("turns", 2),),
+        boxes=(("stage", "n"),),
+        readers=1,
+        width="BLOCK_N",
+        start=[
+            "programs = gl.num_programs(0)",
+            "step = WORKER * steps",
+            "turn = gl.to_tensor(1 - WORKER)  # the first is worker 0's",
+        ],
+        tiles="gl.program_id(0) + WORKER * programs, tiles, 2 * programs",
+        stride="2 * steps",
+        own_columns=[],
+        own_b="stage",
+        before_products=["mbarrier.wait(turns.index(WORKER), turn)", "turn ^= 1"],
+        after_products=["mbarrier.arrive(turns.index(1 - WORKER), count=1)"],
+    ),
+    COOPERATIVE: Schedule(
+        docstring=[
+            '"""One warpgroup: half of the columns of every tile of this program. Two steps\'',
+            "products are in flight; a stage is free when those of both warpgroups have ended.",
+            '"""',
+        ],
+        barriers=(),
+        boxes=(("2 * stage", "n"), ("2 * stage + 1", "n + HALF_N")),
+        readers=2,
+        width="HALF_N",
+        start=["step = gl.to_tensor(0)"],
+        tiles="gl.program_id(0), tiles, gl.num_programs(0)",
+        stride="steps",
+        own_columns=["n += WORKER * HALF_N"],
+        own_b="2 * stage + WORKER",
+        before_products=[],
+        after_products=[],
+    ),
+}
 
 
 def gluon_mm(spec: GluonMmSpec) -> Lines:
@@ -133,10 +196,7 @@ def _next_stage() -> Lines:
 
 
 def _load(spec: GluonMmSpec) -> Lines:
-    b = _copy("b", "b_stages.index(stage)", "n")
-    if spec.cooperative:
-        halves = [("2 * stage", "n"), ("2 * stage + 1", "n + HALF_N")]
-        b = [line for i, row in halves for line in _copy("b", f"b_stages.index({i})", row)]
+    boxes = SCHEDULES[spec.schedule].boxes
     return [
         '"""One warp: keeps every free stage loading, over all of this program\'s tiles."""',
         "stage = gl.to_tensor(0)",
@@ -148,16 +208,16 @@ def _load(spec: GluonMmSpec) -> Lines:
         "        loaded = full.index(stage)",
         "        mbarrier.wait(empty.index(stage), phase)",
         "        mbarrier.expect(loaded, (BLOCK_M + BLOCK_N) * BLOCK_C)",
-        *indent(_copy("a", "a_stages.index(stage)", "m"), 2),
-        *indent(b, 2),
+        *indent(_copy("a", "stage", "m"), 2),
+        *indent([line for place, row in boxes for line in _copy("b", place, row)], 2),
         "        stage, phase = next_stage(stage, phase)",
     ]
 
 
-def _copy(operand: str, stage: str, row: str) -> Lines:
+def _copy(operand: str, place: str, row: str) -> Lines:
     source = f"{operand}_descriptor, [{row}, c]"
     return [
-        f"{operand}_stage = {stage}",
+        f"{operand}_stage = {operand}_stages.index({place})",
         f"tma.async_copy_global_to_shared({source}, loaded, {operand}_stage)",
     ]
 
@@ -189,56 +249,40 @@ def _gluon_dtype(name: str) -> str:
 
 def _multiplied(spec: GluonMmSpec) -> list[str]:
     bias = [] if spec.bias_dtype is None else ["bias_ptr"]
-    turns = [] if spec.cooperative else ["turns"]
-    return ["out_descriptor", "a_scale_ptr", "b_scale_ptr", *bias, *SHARED, *turns, *SIZES]
+    own = [name for name, _ in SCHEDULES[spec.schedule].barriers]
+    return ["out_descriptor", "a_scale_ptr", "b_scale_ptr", *bias, *SHARED, *own, *SIZES]
 
 
 def _multiply(spec: GluonMmSpec) -> Lines:
-    if spec.cooperative:
-        return [
-            '"""One warpgroup: half of every tile of this program. Two steps\' products are in',
-            "flight; a stage is free when those of both have ended.",
-            '"""',
-            "steps = gl.cdiv(C, BLOCK_C)",
-            "tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)",
-            "step = gl.to_tensor(0)",
-            "for t in range(gl.program_id(0), tiles, gl.num_programs(0)):",
-            *indent(_tile(spec)),
-            "tma.store_wait(pendings=0)",
-        ]
+    way = SCHEDULES[spec.schedule]
     return [
-        '"""One warpgroup: every other tile of this program. Two steps\' products are in flight; a',
-        "stage is free when its own have ended and the next step's have begun.",
-        '"""',
+        *way.docstring,
         "steps = gl.cdiv(C, BLOCK_C)",
         "tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)",
-        "programs = gl.num_programs(0)",
-        "step = WORKER * steps",
-        "turn = gl.to_tensor(1 - WORKER)  # the first is worker 0's",
-        "for t in range(gl.program_id(0) + WORKER * programs, tiles, 2 * programs):",
+        *way.start,
+        f"for t in range({way.tiles}):",
         *indent(_tile(spec)),
         "tma.store_wait(pendings=0)",
     ]
 
 
 def _tile(spec: GluonMmSpec) -> Lines:
-    together = spec.cooperative
-    width = "HALF_N" if together else "BLOCK_N"
+    way = SCHEDULES[spec.schedule]
     operands = [
         "mbarrier.wait(full.index(stage), phase)",
         "a = a_stages.index(stage)",
-        f"b = b_stages.index({'2 * stage + WORKER' if together else 'stage'}).permute((1, 0))",
+        f"b = b_stages.index({way.own_b}).permute((1, 0))",
     ]
     return [
         "m, n = tile_at(t, M, N)",
-        *(["n += WORKER * HALF_N"] if together else []),
+        *way.own_columns,
         "stage = step % STAGES",
         "phase = (step // STAGES) & 1",
-        f"step += {'' if together else '2 * '}steps",
-        *([] if together else _wait_for_turn()),
+        f"step += {way.stride}",
+        *way.before_products,
         *_row_scales(spec),
         *operands,
-        f"sums = gl.zeros([BLOCK_M, {width}], gl.int32, SUMS)",
+        f"sums = gl.zeros([BLOCK_M, {way.width}], gl.int32, SUMS)",
         "sums = warpgroup_mma(a, b, sums, use_acc=False, is_async=True)",
         "sums = warpgroup_mma_wait(1, (sums,))",
         "before = stage",
@@ -250,24 +294,12 @@ def _tile(spec: GluonMmSpec) -> Lines:
         "    mbarrier.arrive(empty.index(before), count=1)",
         "    before = stage",
         "    stage, phase = next_stage(stage, phase)",
-        *([] if together else _give_turn()),
+        *way.after_products,
         *_column_vectors(spec),
         "sums = warpgroup_mma_wait(0, (sums,))",
         "mbarrier.arrive(empty.index(before), count=1)",
         *_stores(spec),
     ]
-
-
-def _init_turns() -> Lines:
-    return ["for i in gl.static_range(2):", "    mbarrier.init(turns.index(i), count=1)"]
-
-
-def _wait_for_turn() -> Lines:
-    return ["mbarrier.wait(turns.index(WORKER), turn)", "turn ^= 1"]
-
-
-def _give_turn() -> Lines:
-    return ["mbarrier.arrive(turns.index(1 - WORKER), count=1)"]
 
 
 def _row_scales(spec: GluonMmSpec) -> Lines:
@@ -322,9 +354,11 @@ def _start(run: int) -> str:
 
 
 def _kernel(spec: GluonMmSpec) -> Lines:
+    way = SCHEDULES[spec.schedule]
+    b_stages = "STAGES" if len(way.boxes) == 1 else f"{len(way.boxes)} * STAGES"
     shapes = {
         "a": "[STAGES, BLOCK_M, BLOCK_C]",
-        "b": "[2 * STAGES, HALF_N, BLOCK_C]" if spec.cooperative else "[STAGES, BLOCK_N, BLOCK_C]",
+        "b": f"[{b_stages}, {way.width}, BLOCK_C]",
         "out": "[2, BLOCK_M, WIDTH]",
     }
     lines = []
@@ -333,16 +367,15 @@ def _kernel(spec: GluonMmSpec) -> Lines:
         items = [f"{source}.dtype", shape, f"{source}.layout"]
         lines += _listed(f"{name}_stages = gl.allocate_shared_memory(", items, ")", 1)
     layout = "mbarrier.MBarrierLayout()"
-    turns = [] if spec.cooperative else [("turns", "2")]
-    for name, count in (("full", "STAGES"), ("empty", "STAGES"), *turns):
+    for name, count in (("full", "STAGES"), ("empty", "STAGES"), *way.barriers):
         lines += [f"{name} = gl.allocate_shared_memory(gl.int64, [{count}, 1], {layout})"]
     workers = [_listed("(multiply, (", [*_multiplied(spec), w], ")),", 3) for w in "01"]
     return [
         *lines,
         "for i in gl.static_range(STAGES):",
         "    mbarrier.init(full.index(i), count=1)",
-        f"    mbarrier.init(empty.index(i), count={2 if spec.cooperative else 1})",
-        *(_init_turns() if turns else []),
+        f"    mbarrier.init(empty.index(i), count={way.readers})",
+        *(line for name, count in way.barriers for line in _init(name, count)),
         "fence_async_shared()",
         "gl.warp_specialize(",
         "    [",
@@ -353,3 +386,7 @@ def _kernel(spec: GluonMmSpec) -> Lines:
         "    [240, 24],  # and their registers a thread",
         ")",
     ]
+
+
+def _init(name: str, count: int) -> Lines:
+    return [f"for i in gl.static_range({count}):", f"    mbarrier.init({name}.index(i), count=1)"]

@@ -410,6 +410,7 @@ class GluonMmSpec(Matmul):
         assert self.schedule in SCHEDULES
         assert (self.warps, self.block_c) == (4, SWIZZLE_BYTES)
         assert self.stages >= 2  # a stage is freed when the next one's products have begun
+        assert self.warpgroup_n <= 128  # its sums are in registers
 
     @property
     def cooperative(self) -> bool:

@@ -283,13 +283,14 @@ _SM_100 = (
 # In Gluon two warpgroups take turns: 1325 to 1495 TFLOP/s over the GEMMs of a Llama block on one
 # H200, where the first of _HOPPER has 981 to 1459.
 _PINGPONG = MmConfig(128, 128, 128, 4, 6, True, schedule=PINGPONG)
-# A tile of 128 x 128 reads about 64 bytes a cycle, all that an SM's port to L2 takes. The L2 of an
-# H200 (60 MiB) delivers that, power is the limit, and turns hide every store: 60.1 ms for the large
-# GEMMs of a step, beside 62.5 with a tile of twice the width. That of an H100 (50 MiB) does not:
-# 70.8 ms for all of its GEMMs, beside 60.0 (bench/results/gemm_schedules.json).
+# At full rate a tile of 128 x 128 reads 64 bytes a cycle, all that an SM's port to L2 takes; one of
+# twice the width three quarters of that, but nobody multiplies while it is stored. The six largest
+# GEMMs of a step take 60.1 and 62.5 ms on an H200 (60 MiB of L2), 68.3 and 57.8 on an H100 (50 MiB)
+# (bench/results/gemm_schedules.json); the bound lies between the two.
 _COOPERATIVE = MmConfig(128, 256, 128, 4, 4, True, schedule=COOPERATIVE)
 COOPERATIVE_BELOW_L2 = 55 << 20
-# How many times the waves of _PINGPONG's tiles, in their time, it may take on the SMs.
+# How many times the waves of _PINGPONG's tiles, in their time, it may take on the SMs: less than
+# the 1.18 that it gains. Raced were shapes of 1.01 at most, contractions of 1024 and more.
 COOPERATIVE_WAVES = 1.1
 # Triton waits for Hopper's int8 product in every step: two programs an SM fill each other's gaps,
 # which the 4-warp tile with three stages allows. fp8 is not waited for and takes the large tile.
@@ -313,6 +314,7 @@ MM_RACED: dict[str, tuple[MmConfig, ...]] = {
     "sm_90": (
         MmConfig(128, 128, 128, 4, 6, True, group=16, schedule=PINGPONG),
         _COOPERATIVE,
+        MmConfig(128, 256, 128, 4, 4, True, group=16, schedule=COOPERATIVE),
         MmConfig(256, 128, 128, 8, 4, True),
         MmConfig(128, 64, 128, 4, 5, True),
         MmConfig(64, 64, 128, 4, 3, True),
@@ -399,20 +401,17 @@ def scaled_mm_configuration(
     l2_bytes: int | None = None,
 ) -> MmConfig:
     """The largest tile of the format's ladder that still gives nearly every SM a program; the
-    smallest tile if none does. `gluon`: kernels in Gluon can be used. `l2_bytes`: the
-    device's L2; None if unknown."""
+    smallest tile if none does. `gluon`: kernels in Gluon can be used. `l2_bytes`: of the device;
+    where it is small, _COOPERATIVE in place of _PINGPONG, as far as its waves allow."""
     name = "int8" if integer else "fp8"
     whole = MM[_table_key(capability)][name]
     ladder = [config for config in whole if gluon or config.schedule is None]
     found = first_that_fills(ladder, M, N, MM_PROGRAMS[name])
     small_l2 = l2_bytes is not None and l2_bytes < COOPERATIVE_BELOW_L2
-    if (
-        found == _PINGPONG
-        and small_l2
-        and _waves(_COOPERATIVE, M, N) <= (COOPERATIVE_WAVES * _waves(_PINGPONG, M, N))
-    ):
-        return _COOPERATIVE
-    return found
+    if found != _PINGPONG or not small_l2:
+        return found
+    allowed = COOPERATIVE_WAVES * _waves(_PINGPONG, M, N)
+    return _COOPERATIVE if _waves(_COOPERATIVE, M, N) <= allowed else found
 
 
 def _waves(config: MmConfig, M: int, N: int) -> int:

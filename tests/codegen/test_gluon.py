@@ -15,7 +15,7 @@ from hadagraph.codegen.autotune import candidates
 from hadagraph.codegen.choose import gluon_mm_refusal, select_scaled_mm
 from hadagraph.codegen.choose_mm import problem_of
 from hadagraph.codegen.listing import sources_for
-from hadagraph.codegen.spec import GluonMmSpec, ScaledMmSpec
+from hadagraph.codegen.spec import SCHEDULES, GluonMmSpec, ScaledMmSpec
 from hadagraph.codegen.tune import MmConfig, scaled_mm_candidates
 from hadagraph.reference import INT32_CONTRACTION
 
@@ -54,7 +54,10 @@ def test_hopper_takes_it_where_every_sm_has_a_tile(sizes, out):
     [
         ((16384, 14336, 4096), "cooperative"),
         ((16384, 4096, 1024), "cooperative"),
-        ((1024, 4096, 16384), "cooperative"),  # 128 programs in place of two for each of 128 SMs
+        ((1024, 4096, 16384), "cooperative"),  # as long on 128 SMs as two small tiles on 124
+        ((16384, 3200, 4096), "cooperative"),  # the last half tile is outside
+        ((128 * 132, 1408, 4096), "cooperative"),  # 12 waves in place of 11
+        ((128 * 132, 1152, 4096), "pingpong"),  # 10 in place of 9
         ((8192, 4088, 4096), "cooperative"),
         ((1536, 4096, 4096), "pingpong"),  # two waves of the time of two, in place of three of one
         ((128 * 132, 128, 4096), "pingpong"),  # half of each tile of twice the width is outside
@@ -150,7 +153,7 @@ def test_other_targets_do_not_ask_for_gluon(monkeypatch, caplog):
 def test_it_is_raced_where_it_can_be_used():
     listed = [config for config in scaled_mm_candidates(HOPPER) if config.schedule]
     raced = {(config.schedule, config.group) for config in listed}
-    assert raced == {("pingpong", 8), ("pingpong", 16), ("cooperative", 8)}
+    assert raced == {(schedule, group) for schedule in SCHEDULES for group in (8, 16)}
     assert not any(config.schedule for config in scaled_mm_candidates((10, 0)))
 
     def raced(sizes, formats):

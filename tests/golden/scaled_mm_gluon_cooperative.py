@@ -88,8 +88,8 @@ def multiply(
     out_descriptor, a_scale_ptr, b_scale_ptr, a_stages, b_stages, out_stages, full, empty, M, N, C,
     WORKER: gl.constexpr,
 ):
-    """One warpgroup: half of every tile of this program. Two steps' products are in
-    flight; a stage is free when those of both have ended.
+    """One warpgroup: half of the columns of every tile of this program. Two steps'
+    products are in flight; a stage is free when those of both warpgroups have ended.
     """
     steps = gl.cdiv(C, BLOCK_C)
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)

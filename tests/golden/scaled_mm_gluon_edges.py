@@ -87,8 +87,8 @@ def multiply(
     out_descriptor, a_scale_ptr, b_scale_ptr, bias_ptr, a_stages, b_stages, out_stages, full, empty,
     turns, M, N, C, WORKER: gl.constexpr,
 ):
-    """One warpgroup: every other tile of this program. Two steps' products are in flight; a
-    stage is free when its own have ended and the next step's have begun.
+    """One warpgroup: every other tile of this program. Two steps' products are in
+    flight; a stage is free when its own have ended and the next step's have begun.
     """
     steps = gl.cdiv(C, BLOCK_C)
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
