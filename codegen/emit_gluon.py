@@ -23,7 +23,7 @@ LOADED = ("a_descriptor", "b_descriptor", "a_stages", "b_stages", "full", "empty
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ScheduleText:
     """The text in which one schedule differs from the other."""
 
     docstring: Lines
@@ -40,8 +40,8 @@ class Schedule:
     after_products: Lines
 
 
-SCHEDULES = {
-    PINGPONG: Schedule(
+TEXTS = {
+    PINGPONG: ScheduleText(
         docstring=[
             '"""One warpgroup: every other tile of this program. Two steps\' products are in',
             "flight; a stage is free when its own have ended and the next step's have begun.",
@@ -63,7 +63,7 @@ SCHEDULES = {
         before_products=["mbarrier.wait(turns.index(WORKER), turn)", "turn ^= 1"],
         after_products=["mbarrier.arrive(turns.index(1 - WORKER), count=1)"],
     ),
-    COOPERATIVE: Schedule(
+    COOPERATIVE: ScheduleText(
         docstring=[
             '"""One warpgroup: half of the columns of every tile of this program. Two steps\'',
             "products are in flight; a stage is free when those of both warpgroups have ended.",
@@ -196,7 +196,7 @@ def _next_stage() -> Lines:
 
 
 def _load(spec: GluonMmSpec) -> Lines:
-    boxes = SCHEDULES[spec.schedule].boxes
+    boxes = TEXTS[spec.schedule].boxes
     return [
         '"""One warp: keeps every free stage loading, over all of this program\'s tiles."""',
         "stage = gl.to_tensor(0)",
@@ -249,40 +249,40 @@ def _gluon_dtype(name: str) -> str:
 
 def _multiplied(spec: GluonMmSpec) -> list[str]:
     bias = [] if spec.bias_dtype is None else ["bias_ptr"]
-    own = [name for name, _ in SCHEDULES[spec.schedule].barriers]
+    own = [name for name, _ in TEXTS[spec.schedule].barriers]
     return ["out_descriptor", "a_scale_ptr", "b_scale_ptr", *bias, *SHARED, *own, *SIZES]
 
 
 def _multiply(spec: GluonMmSpec) -> Lines:
-    way = SCHEDULES[spec.schedule]
+    text = TEXTS[spec.schedule]
     return [
-        *way.docstring,
+        *text.docstring,
         "steps = gl.cdiv(C, BLOCK_C)",
         "tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)",
-        *way.start,
-        f"for t in range({way.tiles}):",
+        *text.start,
+        f"for t in range({text.tiles}):",
         *indent(_tile(spec)),
         "tma.store_wait(pendings=0)",
     ]
 
 
 def _tile(spec: GluonMmSpec) -> Lines:
-    way = SCHEDULES[spec.schedule]
+    text = TEXTS[spec.schedule]
     operands = [
         "mbarrier.wait(full.index(stage), phase)",
         "a = a_stages.index(stage)",
-        f"b = b_stages.index({way.own_b}).permute((1, 0))",
+        f"b = b_stages.index({text.own_b}).permute((1, 0))",
     ]
     return [
         "m, n = tile_at(t, M, N)",
-        *way.own_columns,
+        *text.own_columns,
         "stage = step % STAGES",
         "phase = (step // STAGES) & 1",
-        f"step += {way.stride}",
-        *way.before_products,
+        f"step += {text.stride}",
+        *text.before_products,
         *_row_scales(spec),
         *operands,
-        f"sums = gl.zeros([BLOCK_M, {way.width}], gl.int32, SUMS)",
+        f"sums = gl.zeros([BLOCK_M, {text.width}], gl.int32, SUMS)",
         "sums = warpgroup_mma(a, b, sums, use_acc=False, is_async=True)",
         "sums = warpgroup_mma_wait(1, (sums,))",
         "before = stage",
@@ -294,7 +294,7 @@ def _tile(spec: GluonMmSpec) -> Lines:
         "    mbarrier.arrive(empty.index(before), count=1)",
         "    before = stage",
         "    stage, phase = next_stage(stage, phase)",
-        *way.after_products,
+        *text.after_products,
         *_column_vectors(spec),
         "sums = warpgroup_mma_wait(0, (sums,))",
         "mbarrier.arrive(empty.index(before), count=1)",
@@ -354,11 +354,11 @@ def _start(run: int) -> str:
 
 
 def _kernel(spec: GluonMmSpec) -> Lines:
-    way = SCHEDULES[spec.schedule]
-    b_stages = "STAGES" if len(way.boxes) == 1 else f"{len(way.boxes)} * STAGES"
+    text = TEXTS[spec.schedule]
+    b_stages = "STAGES" if len(text.boxes) == 1 else f"{len(text.boxes)} * STAGES"
     shapes = {
         "a": "[STAGES, BLOCK_M, BLOCK_C]",
-        "b": f"[{b_stages}, {way.width}, BLOCK_C]",
+        "b": f"[{b_stages}, {text.width}, BLOCK_C]",
         "out": "[2, BLOCK_M, WIDTH]",
     }
     lines = []
@@ -367,15 +367,15 @@ def _kernel(spec: GluonMmSpec) -> Lines:
         items = [f"{source}.dtype", shape, f"{source}.layout"]
         lines += _listed(f"{name}_stages = gl.allocate_shared_memory(", items, ")", 1)
     layout = "mbarrier.MBarrierLayout()"
-    for name, count in (("full", "STAGES"), ("empty", "STAGES"), *way.barriers):
+    for name, count in (("full", "STAGES"), ("empty", "STAGES"), *text.barriers):
         lines += [f"{name} = gl.allocate_shared_memory(gl.int64, [{count}, 1], {layout})"]
     workers = [_listed("(multiply, (", [*_multiplied(spec), w], ")),", 3) for w in "01"]
     return [
         *lines,
         "for i in gl.static_range(STAGES):",
         "    mbarrier.init(full.index(i), count=1)",
-        f"    mbarrier.init(empty.index(i), count={way.readers})",
-        *(line for name, count in way.barriers for line in _init(name, count)),
+        f"    mbarrier.init(empty.index(i), count={text.readers})",
+        *(line for name, count in text.barriers for line in _init(name, count)),
         "fence_async_shared()",
         "gl.warp_specialize(",
         "    [",
