@@ -3,8 +3,10 @@ cuBLAS: bf16, int8 through torch._int_mm (no scales), fp8 with row scales throug
 
     python bench/gemm_race.py --out bench/results/gemm_race_emitted.json [--quick] [--only pingpong]
 
-A candidate must first reproduce exact integer sums, scaled and rounded as the reference does, bit
-for bit; one that does not compile or fit, or is wrong, is dropped, its reason in the results.
+Launches follow one another without a pause, all candidates in turns, at the clock that a step
+leaves them. A candidate must first reproduce exact integer sums, scaled and rounded as the
+reference does, bit for bit; one that does not compile or fit, or is wrong, is dropped, its reason
+in the results.
 Legend: out [M, N] = (a [M, C] @ b [N, C]^T) * a_scale [M] * b_scale [N].
 """
 
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import gemm_operands, median_ms, short
+from kernels import gemm_operands, short
 from record import header, median, save
 from rich.console import Console
 from rich.progress import track
@@ -59,6 +61,14 @@ def configurations(capability: tuple[int, int], only: str) -> dict[str, MmConfig
     problem = problem_of((T, 4096, 4096), ("int8", "int8"), (False, False), torch.bfloat16)
     found = [c for c in candidates(problem, capability) if isinstance(c, MmConfig)]
     return {short(config): config for config in found if only in short(config)}
+
+
+def int8_operands(M: int, N: int, C: int) -> list[torch.Tensor]:
+    """Codes as rotated rows have them: of a normal distribution, the largest about four sigma."""
+    return [
+        (32 * torch.randn(rows, C, device="cuda")).round_().clamp_(-127, 127).to(torch.int8)
+        for rows in (M, N)
+    ]
 
 
 def scales_of(M: int, N: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +112,7 @@ def baseline(name: str, M: int, N: int, C: int) -> Callable[[], object]:
         a, b = gemm_operands(M, N, C, torch.bfloat16)
         return lambda: a @ b.t()
     if name == INT_MM:
-        a, b = gemm_operands(M, N, C, torch.int8)
+        a, b = int8_operands(M, N, C)
         return lambda: torch._int_mm(a, b.t())
     a, b = gemm_operands(M, N, C, torch.float8_e4m3fn)
     a_scale, b_scale = scales_of(M, N, "cuda")
@@ -111,22 +121,41 @@ def baseline(name: str, M: int, N: int, C: int) -> Callable[[], object]:
     return lambda: torch._scaled_mm(a, b.t(), **scales, **options)
 
 
-def race(
-    shape: Shape, multiplies: dict[str, Callable[..., torch.Tensor]], rounds: int, repeats: int
-) -> list[dict[str, Any]]:
-    """The median time of every candidate and baseline, in rounds of mixed order."""
-    M, N, C = shape
-    sets = max(2, min(4, -(-SETS_BYTES // ((M + N) * C))))
-    calls: dict[str, Calls] = {n: [baseline(n, *shape) for _ in range(sets)] for n in BASELINES}
-    operands = [(*gemm_operands(*shape, torch.int8), *scales_of(M, N, "cuda")) for _ in range(sets)]
-    for name, multiply in multiplies.items():
-        calls[name] = [partial(multiply, *each) for each in operands]
-    times: dict[str, list[float]] = {name: [] for name in calls}
+def busy_ms(calls: dict[str, Calls], rounds: int, launches: int) -> dict[str, list[float]]:
+    """By name, each round's mean milliseconds of that many launches, rounds in mixed order, the GPU
+    never idle."""
+    marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    for each in calls.values():
+        for call in each:
+            call()
     order = list(calls)
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
-            times[name].append(median_ms(calls[name], repeats))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for i in range(launches):
+                calls[name][i % len(calls[name])]()
+            end.record()
+            marks[name].append((start, end))
+    torch.cuda.synchronize()
+    return {
+        name: [start.elapsed_time(end) / launches for start, end in pairs]
+        for name, pairs in marks.items()
+    }
+
+
+def race(
+    shape: Shape, multiplies: dict[str, Callable[..., torch.Tensor]], rounds: int, launches: int
+) -> list[dict[str, Any]]:
+    """The median time of every candidate and baseline."""
+    M, N, C = shape
+    sets = max(2, min(4, -(-SETS_BYTES // ((M + N) * C))))
+    calls: dict[str, Calls] = {n: [baseline(n, *shape) for _ in range(sets)] for n in BASELINES}
+    operands = [(*int8_operands(*shape), *scales_of(M, N, "cuda")) for _ in range(sets)]
+    for name, multiply in multiplies.items():
+        calls[name] = [partial(multiply, *each) for each in operands]
+    times = busy_ms(calls, rounds, launches)
     return [
         {"name": name, "M": M, "N": N, "C": C, "ms": median(each)}
         | {"spread": max(each) / min(each), "flops": 2 * M * N * C}
@@ -164,8 +193,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     parser.add_argument("--quick", action="store_true", help=f"the first {QUICK} shapes")
     parser.add_argument("--only", default="", help="candidates whose name contains this")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--launches", type=int, default=12, help="of a candidate in each round")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
@@ -183,7 +212,7 @@ def main() -> None:
             console.print(f"dropped {name}: {reason}", markup=False)
     shapes = list(SHAPES)[: QUICK if args.quick else None]
     for shape in track(shapes, "racing", console=console, transient=True):
-        content["rows"] += race(shape, multiplies, args.rounds, args.repeats)
+        content["rows"] += race(shape, multiplies, args.rounds, args.launches)
         save(content, args.out)
     console.print(table(content["rows"]))
 

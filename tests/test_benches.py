@@ -336,6 +336,37 @@ def test_the_gemm_race_weighs_shapes_and_finds_wrong_elements() -> None:
     assert wrong_elements(lambda *operands: 2 * right(*operands), a, b) == 64
 
 
+def test_the_gemm_race_never_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gemm_race import busy_ms
+
+    clock, waits, ran = [0.0], [], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    def takes(name: str, ms: float) -> Callable[[], None]:
+        def call() -> None:
+            clock[0] += ms
+            ran.append(name)
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(len(ran)))
+    calls = {"slow": [takes("a", 2.0), takes("b", 4.0)], "fast": [takes("c", 1.0)]}
+    found = busy_ms(calls, rounds=5, launches=12)
+    assert found == {"slow": [3.0] * 5, "fast": [1.0] * 5}
+    assert waits == [len(ran)] == [3 + 2 * 5 * 12]
+    assert ran.count("a") == ran.count("b")
+
+
 def test_a_difference_is_relative_to_the_norm_of_all_tensors() -> None:
     from step import relative_difference
 
