@@ -10,7 +10,15 @@ import torch
 from hadagraph.codegen.choose import DTYPE_NAMES, FP8_CONTRACTION, select_scaled_mm
 from hadagraph.codegen.spec import Capability, MmSpec
 from hadagraph.codegen.tune import LibraryMm, MmConfig, library_is_faster
-from hadagraph.codegen.tuned import MIXED, ROWWISE, TENSORWISE, MmChoice, MmProblem, winner
+from hadagraph.codegen.tuned import (
+    MIXED,
+    ROWWISE,
+    TENSORWISE,
+    MmChoice,
+    MmProblem,
+    is_current,
+    winner,
+)
 from hadagraph.formats import FORMATS
 
 log = logging.getLogger(__name__)
@@ -64,8 +72,8 @@ def select_mm(
 
 
 def l2_bytes(capability: Capability) -> int | None:
-    """Of the current device's L2; None if there is no device of this capability."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != capability:
+    """Of the current device's L2; None if it is not of this capability."""
+    if not is_current(capability):
         return None
     size: int = torch.cuda.get_device_properties().L2_cache_size
     return size

@@ -52,10 +52,15 @@ def _rounded_up(size: int) -> int:
     return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
 
 
+def is_current(capability: Capability) -> bool:
+    """Whether the current device is of this capability, and not one that is only planned for."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == capability
+
+
 def winner(problem: MmProblem, capability: Capability) -> MmChoice | None:
     """What won the problem's bucket on the current device; None if that was never raced or the
     device is not of this capability."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != capability:
+    if not is_current(capability):
         return None
     return winners_on(torch.cuda.get_device_name()).get(problem.bucket())
 

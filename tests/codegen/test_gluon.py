@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +79,25 @@ def test_a_small_l2_wants_tiles_that_read_less(sizes, widest, l2_bytes):
 def test_a_small_l2_changes_nothing_else(sizes, formats, capability):
     given = {"sizes": sizes, "formats": formats, "capability": capability}
     assert selected(**given, l2_bytes=H100_L2) == selected(**given)
+
+
+def test_the_table_takes_what_won_on_each_device():
+    """Of groups of 8 tiles, at every shape of the race."""
+    path = Path(__file__).parents[2] / "bench" / "results" / "gemm_schedules.json"
+    races = json.loads(path.read_text())["races"]
+    assert [race["l2_bytes"] for race in races] == [H200_L2, H100_L2]
+    for race, count in zip(races, (6, 9), strict=True):
+        rates = {}
+        for row in race["rows"]:
+            schedule, _, rest = row["name"].partition(", ")
+            if schedule in SCHEDULES and rest == "groups of 8":
+                sizes = row["M"], row["N"], row["C"]
+                rates.setdefault(sizes, {})[schedule] = row["tflops"]
+        assert len(rates) == count
+        for sizes, found in rates.items():
+            assert set(found) == set(SCHEDULES)
+            spec = selected(sizes, l2_bytes=race["l2_bytes"])
+            assert spec.schedule == max(found, key=found.__getitem__), sizes
 
 
 def test_the_l2_is_that_of_the_current_device(monkeypatch):
